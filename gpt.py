@@ -1,0 +1,593 @@
+"""
+The model, the machine it runs on, and its checkpoints.
+
+    python gpt.py                                 # print the model of depth 4 and its size
+    python gpt.py --depth=20 --vocab_size=65536   # or any other
+
+A decoder-only transformer in the shape that small chat models have settled on:
+
+    rotary positions                    Su et al. 2021, arXiv 2104.09864
+    RMSNorm without parameters          Zhang & Sennrich 2019, arXiv 1910.07467
+    queries and keys normalised         Henry et al. 2020, arXiv 2010.04245
+    ReLU squared in the MLP             So et al. 2021, arXiv 2109.08668
+    grouped-query attention             Ainslie et al. 2023, arXiv 2305.13245
+    sliding-window layers               Beltagy et al. 2020, arXiv 2004.05150
+    value embeddings                    Zhou et al. 2024, arXiv 2410.17897, in modded-nanogpt's form
+    soft-capped logits                  Gemma 2, arXiv 2408.00118
+
+Left out: biases, dropout, learned norms and tied embeddings, none of which pays at this size.
+
+Letters for shapes, here and in every other file:
+    B batch    T time    C channels (width)    H heads    G key/value heads    D head size
+    V vocabulary    L layers    S cache slots    N positions a cache slot holds
+
+Four sections: config override, machine, model, checkpoints.
+"""
+
+import dataclasses
+import difflib
+import fcntl
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+# -----------------------------------------------------------------------------
+# Config override: `--key=value` fills a dataclass, and its source is the help text
+
+
+def override(cfg, argv, manual=""):
+    """Fill the dataclass instance `cfg` from `--key=value` arguments and return it.
+
+    >>> @dataclass
+    ... class Config:
+    ...     depth: int = 4
+    >>> override(Config(), ["--depth=6"]).depth
+    6
+
+    `--help` prints `manual` and every knob with its default and its trailing comment. An unknown or
+    ill-typed key ends the program with one line that names the nearest valid key. A field named after
+    a Python keyword carries a trailing underscore: `--from=DIR` fills `from_`.
+    """
+    fields = {f.name.rstrip("_"): f for f in dataclasses.fields(cfg)}
+    for arg in argv:
+        if arg in ("-h", "--help"):
+            print(manual.strip() + "\n\nknobs (--key=value):")
+            print("\n".join(line for line in inspect.getsource(type(cfg)).splitlines()[1:] if line.startswith("    ")))
+            raise SystemExit(0)
+        match = re.fullmatch(r"--([A-Za-z_]\w*)(?:=(.*))?", arg, re.DOTALL)
+        if not match or match[1] not in fields:
+            guess = difflib.get_close_matches(match[1] if match else arg.lstrip("-"), fields, 1, 0)
+            raise SystemExit(f"unknown argument {arg!r}; the nearest knob is --{guess[0]}=... (--help lists all)")
+        field, text = fields[match[1]], match[2]
+        if field.type in (bool, "bool"):
+            value = {None: True, "1": True, "true": True, "0": False, "false": False}.get(text and text.lower())
+        else:
+            kind = {"int": int, "float": float, "str": str}.get(field.type, field.type)
+            try:
+                value = None if text is None else kind(text)
+            except ValueError:
+                value = None
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            kind = getattr(field.type, "__name__", field.type)
+            raise SystemExit(f"--{match[1]} wants a value of type {kind} (default {field.default!r}), got {text!r}")
+        setattr(cfg, field.name, value)
+    return cfg
+
+
+# -----------------------------------------------------------------------------
+# Machine: device, precision, process group. The only place that reads the environment.
+
+
+@dataclass
+class Machine:
+    device: torch.device
+    dtype: torch.dtype  # of activations and matrix products; parameters, moments and losses are always fp32
+    rank: int = 0
+    world: int = 1
+    threads: int = 1
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def print(self, *words):
+        if self.first:
+            print(*words, flush=True)
+
+    def sum(self, value):
+        """Sum a number over all ranks."""
+        if self.world == 1:
+            return value
+        # fp64 keeps counts exact; only MPS lacks it, and MPS runs one process
+        box = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(box)
+        return box.item()
+
+    def gather(self, item):
+        """Every rank's item (anything picklable), as a list in rank order."""
+        if self.world == 1:
+            return [item]
+        items = [None] * self.world
+        dist.all_gather_object(items, item)
+        return items
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def sync(self):
+        """Wait for the device, so that a clock read next is honest."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def start_machine(device="auto", dtype="auto", threads=0, deterministic=False):
+    """Find out what there is and set torch up for it. Under torchrun, joins the process group.
+
+    bf16 is used where the hardware multiplies it natively (CUDA from Ampere on, CPUs with AVX512-BF16 or
+    AMX), fp32 elsewhere. CPUs always run deterministic algorithms, CUDA where asked, at some cost in speed.
+    """
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(device, local if device == "cuda" else None)
+    if dtype == "auto":
+        if device.type == "cuda":
+            if torch.cuda.get_device_capability(device)[0] < 8:
+                raise SystemExit(f"{torch.cuda.get_device_name(device)} has no bf16; fp16 is not supported: use --dtype=float32")
+            dtype = "bfloat16"
+        else:
+            flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+            fast = device.type == "cpu" and re.search(r"avx512_bf16|amx_bf16", flags)
+            dtype = "bfloat16" if fast else "float32"
+    if dtype not in ("bfloat16", "float32"):
+        raise SystemExit(f"--dtype={dtype} is not supported: bfloat16 or float32")
+    if not threads and device.type == "cpu":
+        # torchrun sets OMP_NUM_THREADS to 1; the cores are shared out between local ranks instead
+        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if threads:
+        torch.set_num_threads(threads)
+    if device.type == "cpu" or deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Machine(device, getattr(torch, dtype), rank, world, torch.get_num_threads())
+
+
+# -----------------------------------------------------------------------------
+# Model
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 4096
+    seq_len: int = 512  # longest sequence in tokens
+    depth: int = 4  # layers
+    width: int = 256  # C; 64 a layer by the dial
+    heads: int = 4  # H
+    kv_heads: int = 4  # G; H is standard attention, 1 is multi-query
+    window_pattern: str = "L"  # one letter a layer, repeated: L sees everything, S half of seq_len; the last layer is L
+    softcap: float = 15.0  # logits stay within plus and minus this
+
+    def __post_init__(self):
+        if self.width % self.heads or self.heads % self.kv_heads or set(self.window_pattern) - set("LS"):
+            raise SystemExit(f"heads must divide width, kv_heads must divide heads, windows are S or L: {self}")
+
+    @classmethod
+    def from_depth(cls, depth, vocab_size, seq_len, kv_heads=0, window_pattern="L"):
+        """The dial: width is 64 a layer, heads are of 64 below width 768 and of 128 from there."""
+        D = 64 if depth * 64 < 768 else 128
+        heads = math.ceil(depth * 64 / D)
+        return cls(vocab_size, seq_len, depth, heads * D, heads, kv_heads or heads, window_pattern)
+
+    def window(self, layer):
+        """How many positions back, itself included, a query of this layer sees."""
+        short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer < self.depth - 1
+        return max(1, self.seq_len // 2) if short else self.seq_len
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of channels (i, i + D/2) by its position's angle. x (B, T, H, D), cos and sin (B or 1, T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+class Linear(nn.Linear):
+    """No bias; the fp32 weight is cast to the activations' dtype where it is used."""
+
+    def __init__(self, fan_in, fan_out):
+        super().__init__(fan_in, fan_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class KVCache:
+    """Keys and values of what has been read, in S static slots of N positions each.
+
+    Row b of a forward pass reads and writes slot `rows[b]`, or slot b where `rows` is None. `span` is how
+    many positions attention looks at (all N by default): a caller who knows how far its rows have come
+    sets it, and short sequences stay cheap. What lies beyond a row's position is never read, so a slot
+    needs no clearing between requests.
+
+    Costs 2 * L * S * N * G * D numbers of `dtype`.
+    """
+
+    def __init__(self, cfg, slots, length=None, device="cpu", dtype=torch.float32):
+        self.length = self.span = length or cfg.seq_len
+        shape = (cfg.depth, slots, cfg.kv_heads, self.length, cfg.width // cfg.heads)  # (L, S, G, N, D)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.rows = None
+
+    def update(self, layer, k, v, index):
+        """Store k, v (B, T, G, D) at positions index (B, T); return what can be attended to, (B, G, span, D) each."""
+        B, out = len(k), []
+        slots = torch.arange(B, device=k.device) if self.rows is None else self.rows
+        for new, store in ((k, self.k[layer]), (v, self.v[layer])):
+            store[slots[:, None], :, index] = new.to(store.dtype)
+            out.append((store[:B] if self.rows is None else store[self.rows])[:, :, : self.span])
+        return out
+
+    def copy(self, source, targets, length):
+        """Give slots `targets` the first `length` positions of slot `source`."""
+        for store in (self.k, self.v):
+            store[:, targets, :, :length] = store[:, source, :, :length].unsqueeze(1)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.layer, self.window = layer, cfg.window(layer)
+        self.H, self.G, self.D = cfg.heads, cfg.kv_heads, cfg.width // cfg.heads
+        self.q = Linear(cfg.width, self.H * self.D)
+        self.k = Linear(cfg.width, self.G * self.D)
+        self.v = Linear(cfg.width, self.G * self.D)
+        self.out = Linear(self.H * self.D, cfg.width)
+        # value embeddings on every other layer, counted so that the last has one; the gate reads 32 channels
+        self.gate = Linear(32, self.G) if (cfg.depth - 1 - layer) % 2 == 0 else None
+
+    def forward(self, x, value, cos, sin, cache, index):
+        B, T, C = x.shape
+        q = self.q(x).view(B, T, self.H, self.D)
+        k = self.k(x).view(B, T, self.G, self.D)
+        v = self.v(x).view(B, T, self.G, self.D)
+        if value is not None:
+            gate = 2 * torch.sigmoid(self.gate(x[..., :32]))  # (B, T, G)
+            v = v + gate.unsqueeze(-1) * value.view(B, T, self.G, self.D)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        if cache is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, T, D)
+            i = torch.arange(T, device=x.device)
+            causal, mask = self.window >= T, None
+            if not causal:
+                mask = (i <= i[:, None]) & (i > i[:, None] - self.window)  # (T, T)
+        else:
+            k, v = cache.update(self.layer, k, v, index)  # (B, G, N, D)
+            i = torch.arange(k.size(2), device=x.device)
+            causal, mask = False, (i <= index[..., None]) & (i > index[..., None] - self.window)  # (B, T, N)
+            mask = mask[:, None]  # (B, 1, T, N)
+        k, v = (t.repeat_interleave(self.H // self.G, 1) if self.G < self.H else t for t in (k, v))
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=causal)  # (B, H, T, D)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.up = Linear(cfg.width, 4 * cfg.width)
+        self.down = Linear(4 * cfg.width, cfg.width)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.attention = Attention(cfg, layer)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x, value, cos, sin, cache, index):
+        x = x + self.attention(norm(x), value, cos, sin, cache, index)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """Built empty: call init(seed) or load a state dict before use."""
+
+    def __init__(self, cfg, dtype=torch.float32):
+        super().__init__()
+        self.cfg, self.dtype = cfg, dtype
+        padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix kernels like multiples of 64
+        self.embed = nn.Embedding(padded, cfg.width)
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.depth))
+        kv_width = cfg.kv_heads * (cfg.width // cfg.heads)
+        self.values = nn.ModuleDict(
+            {str(i): nn.Embedding(padded, kv_width) for i, b in enumerate(self.blocks) if b.attention.gate is not None}
+        )
+        self.unembed = Linear(cfg.width, padded)
+        self.angles = None  # rotary tables, made on first use on the device in use
+
+    @torch.no_grad()
+    def init(self, seed):
+        """Initial weights, the same on every device: drawn on the CPU, in a fixed order, from `seed`.
+
+        Matrices that read the residual stream are uniform with variance 1/fan_in; those that write into it
+        start at zero, so that every block begins as the identity; logits begin near zero.
+        """
+        rng = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            w = torch.empty(p.shape)
+            if name == "embed.weight":
+                w.normal_(0, 1, generator=rng)
+            elif name == "unembed.weight":
+                w.normal_(0, 0.001, generator=rng)
+            elif name.endswith(("out.weight", "down.weight", "gate.weight")):
+                w.zero_()
+            else:
+                bound = math.sqrt(3 / self.cfg.width)
+                w.uniform_(-bound, bound, generator=rng)
+            p.copy_(w)
+        return self
+
+    def rotary(self, device):
+        """cos and sin of position times frequency, (N, D/2) each, fp32."""
+        if self.angles is None or self.angles[0].device != device:
+            D = self.cfg.width // self.cfg.heads
+            with torch.inference_mode(False):  # made while sampling, they must serve training too
+                frequency = 10000.0 ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+                angle = torch.outer(torch.arange(self.cfg.seq_len, dtype=torch.float64), frequency)
+                self.angles = (angle.cos().float().to(device), angle.sin().float().to(device))
+        return self.angles
+
+    def forward(self, ids, targets=None, cache=None, pos=None):
+        """One forward for training, prefill and decoding.
+
+        ids      (B, T) token ids
+        targets  (B, T) the token that follows each, -1 where nothing is supervised
+        cache    KVCache to read and extend, with
+        pos      (B,) the position of each row's first token
+
+        Returns the logits (B, T, V) in fp32, or, given targets, the loss of each token in nats (B, T) in
+        fp32, zero where nothing is supervised. Sums and means are the caller's: it alone knows the counts.
+        """
+        T = ids.size(1)
+        cos, sin = self.rotary(ids.device)
+        index = None
+        if cache is None:
+            cos, sin = cos[None, :T, None], sin[None, :T, None]  # (1, T, 1, D/2)
+        else:
+            index = pos[:, None] + torch.arange(T, device=ids.device)  # (B, T)
+            cos, sin = cos[index][:, :, None], sin[index][:, :, None]  # (B, T, 1, D/2)
+        cos, sin = cos.to(self.dtype), sin.to(self.dtype)
+        x = norm(self.embed(ids).to(self.dtype))  # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            value = self.values[str(i)](ids).to(self.dtype) if str(i) in self.values else None  # (B, T, G*D)
+            x = block(x, value, cos, sin, cache, index)
+        logits = self.unembed(norm(x))[..., : self.cfg.vocab_size].float()  # (B, T, V); padding is cut off
+        logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+        return loss.view_as(targets)
+
+    def sizes(self):
+        """Parameters by role, and floating-point operations per trained token, forward and backward."""
+        count = {name: p.numel() for name, p in self.named_parameters()}
+        sizes = {
+            "embeddings": count["embed.weight"],
+            "value embeddings": sum(n for name, n in count.items() if name.startswith("values.")),
+            "matrices": sum(n for name, n in count.items() if name.startswith("blocks.")),
+            "unembedding": count["unembed.weight"],
+        }
+        reach = sum(min(self.cfg.window(i), self.cfg.seq_len) for i in range(self.cfg.depth))
+        # 6 a weight that multiplies; attention: 2 products, 2 operations, 3 passes, half of it causal
+        flops = 6 * (sizes["matrices"] + sizes["unembedding"]) + 6 * reach * self.cfg.width
+        return sizes, flops
+
+
+def compile_model(model, machine):
+    """torch.compile of the training forward, or the model itself where there is nothing to compile with."""
+    if machine.device.type == "cpu" and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+        machine.print("note: no C++ compiler, running without torch.compile (apt-get install g++ python3-dev brings it)")
+        return model
+    return torch.compile(model, dynamic=False)
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints: a folder appears whole or not at all, and nothing in it must be unpickled
+
+
+def write_whole(path, data):
+    """Write bytes or text so that the file is whole or absent: temporary name, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as f:
+        f.write(data if isinstance(data, bytes) else data.encode())
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def lock_folder(out, machine):
+    """Make `out` this run's own until the process ends; a second writer gets one line instead."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    if machine.first:
+        handle = open(Path(out) / ".lock", "w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"another run is writing to {out}; wait for it, or choose another folder with --out=DIR")
+        lock_folder.held = handle  # the lock lives as long as the file is open
+    machine.barrier()
+
+
+def code_hash():
+    """Changes when any of the Python files beside this one does."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files if f.name != "test_all.py")).hexdigest()[:16]
+
+
+def latest(folder):
+    """The last complete checkpoint under `folder` (a Path), or None."""
+    return max(Path(folder).glob("step_[0-9]*[0-9]"), default=None, key=lambda p: int(p.name[5:]))
+
+
+def save_checkpoint(folder, step, model, optimizer, machine, state, keep=1):
+    """Write folder/step_NNNNNN: model.pt, state.json and each rank's part of the optimizer's state.
+
+    `state` is the stage's own JSON (its config, the tokenizer's hash, running figures). All ranks call it.
+    Older checkpoints go once the new one is complete, except the last `keep` of them.
+    """
+    final = Path(folder) / f"step_{step:06d}"
+    part = final.with_name("part")  # not step_*: latest() must not see it
+    if machine.first:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        state = {
+            **state,
+            "step": step,
+            "model": dataclasses.asdict(model.cfg),
+            "world": machine.world,
+            "threads": machine.threads,
+            "dtype": str(machine.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "code": code_hash(),
+        }
+        (part / "state.json").write_text(json.dumps(state, indent=1))
+        torch.save({name: p.detach().cpu() for name, p in model.state_dict().items()}, part / "model.pt")
+    machine.barrier()
+    if optimizer:
+        torch.save(optimizer.shard(), part / f"optimizer_{machine.rank:03d}.pt")
+    machine.barrier()
+    if machine.first:
+        for file in part.iterdir():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(part, final)
+        old = sorted(final.parent.glob("step_[0-9]*[0-9]"), key=lambda p: int(p.name[5:]))[: -1 - keep]
+        for path in old:
+            shutil.rmtree(path)
+    machine.barrier()
+
+
+def load_model(path, machine, tokenizer_hash=None):
+    """Model and state of a checkpoint folder, or of the last one in a stage's folder.
+
+    Raises SystemExit with one line when there is none, or when it was made with another tokenizer.
+    """
+    path = Path(path)
+    found = path if (path / "state.json").exists() else latest(path)
+    if found is None:
+        raise SystemExit(f"no checkpoint in {path}; `bash run.sh` makes one, or name another folder with --out=DIR")
+    state = json.loads((found / "state.json").read_text())
+    if tokenizer_hash and state["tokenizer"] != tokenizer_hash:
+        raise SystemExit(f"{found} was trained with another tokenizer than the one in use (hash {state['tokenizer'][:12]} against {tokenizer_hash[:12]})")
+    model = GPT(GPTConfig(**state["model"]), machine.dtype)
+    model.load_state_dict(torch.load(found / "model.pt", map_location="cpu", weights_only=True))
+    return model.to(machine.device), state
+
+
+def load_optimizer(path, optimizer):
+    """Give the optimizer back its state, whatever the world size it was saved with."""
+    files = sorted(Path(path).glob("optimizer_*.pt"))
+    optimizer.load([torch.load(f, map_location="cpu", weights_only=True) for f in files])
+
+
+# knobs that say where and how a run goes, not what it computes; `world` and `threads` are recorded besides
+FREE_KNOBS = {"out", "fresh", "device", "dtype", "threads", "compile", "deterministic", "save_every", "sample_every", "stop_after"}
+
+
+def find_resume(folder, cfg, machine):
+    """The checkpoint to go on from, or None for a fresh start. Stops when it was made with another config."""
+    if cfg.fresh:
+        if machine.first:
+            shutil.rmtree(folder, ignore_errors=True)
+        machine.barrier()
+    found = latest(folder)
+    if found is None:
+        return None
+    state = json.loads((found / "state.json").read_text())
+    ours = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE_KNOBS}
+    theirs = {k: v for k, v in state["config"].items() if k not in FREE_KNOBS}
+    changed = [f"{k}={theirs.get(k)!r} became {ours.get(k)!r}" for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
+    if changed:
+        raise SystemExit(
+            f"{found} was made with another config ({'; '.join(changed)}): choose --out=DIR for a new run, or --fresh to start this one over"
+        )
+    if state["code"] != code_hash():
+        machine.print("note: the code has changed since this run's last checkpoint; going on with the new code")
+    if (state["threads"], state["world"]) != (machine.threads, machine.world):
+        machine.print(
+            f"note: was {state['world']} ranks of {state['threads']} threads, now {machine.world} of {machine.threads}: sums round differently"
+        )
+    return found
+
+
+def trim_metrics(out, stage, step, machine):
+    """Drop the lines of `stage` at `step` or later from metrics.jsonl: a resumed run writes them again."""
+    path = Path(out) / "metrics.jsonl"
+    if machine.first and path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # half a line, from a run that was killed while writing it
+            if entry["stage"] != stage or entry["step"] < step:
+                kept.append(line)
+        write_whole(path, "".join(kept))
+
+
+def log_metrics(out, machine, **entry):
+    """Append one line to metrics.jsonl."""
+    if machine.first:
+        with open(Path(out) / "metrics.jsonl", "a") as f:
+            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in entry.items()}) + "\n")
+
+
+if __name__ == "__main__":
+
+    @dataclass
+    class Config:
+        depth: int = 4  # layers; width and heads follow
+        vocab_size: int = 4096
+        seq_len: int = 512  # context in tokens
+        kv_heads: int = 0  # 0 is as many as heads
+        window_pattern: str = "L"  # L sees everything, S half
+
+    args = override(Config(), sys.argv[1:], __doc__)
+    cfg = GPTConfig.from_depth(args.depth, args.vocab_size, args.seq_len, args.kv_heads, args.window_pattern)
+    with torch.device("meta"):
+        model = GPT(cfg)
+    print(cfg)
+    sizes, flops = model.sizes()
+    for name, size in sizes.items():
+        print(f"{name:18} {size:15,}")
+    print(f"{'parameters':18} {sum(sizes.values()):15,}")
+    print(f"{'FLOPs a token':18} {flops:15,}   (trained: forward and backward)")

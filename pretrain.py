@@ -1,0 +1,181 @@
+"""
+Pretraining: from random weights to a model that continues text.
+
+    python pretrain.py                                             # the demo world, on whatever this machine has
+    python pretrain.py --data=FOLDER --val_data=FILE --depth=4     # your own text
+    torchrun --nproc_per_node=8 pretrain.py --depth=20 --seq_len=2048 --vocab_size=65536 --data=FOLDER
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py ...
+
+Writes out/base/step_NNNNNN. Kill it at any moment and run the same command: it goes on from the last
+checkpoint with the same data, and on CPU ends with the same bits. `dial` below says what follows from --depth.
+"""
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from data import batch, prepare
+from evals import bits_per_byte, record
+from gpt import GPT, GPTConfig, compile_model, find_resume, load_model, load_optimizer, lock_folder, log_metrics
+from gpt import override, save_checkpoint, start_machine, trim_metrics
+from optim import build
+from sample import Engine, Params
+
+# -----------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    # where things are
+    out: str = "out"  # folder of the run
+    from_: str = ""  # take tokenizer and data from another run's folder
+    fresh: bool = False  # start this stage over
+    # data
+    data: str = ""  # file or folder of .txt, .jsonl, .json, also .gz; empty is the demo world
+    val_data: str = ""  # fixed validation text; empty holds out one document in a hundred
+    val_documents: int = 0  # use only so many documents of val_data; 0 is all
+    vocab_size: int = 2048  # of the tokenizer, where one has to be trained
+    # model
+    depth: int = 4  # the dial: width, heads, batch, rates and horizon follow
+    seq_len: int = 512  # context in tokens, T
+    kv_heads: int = 0  # key/value heads; 0 is as many as heads, 1 is multi-query
+    window_pattern: str = "L"  # one letter a layer, repeated: L sees all, S half; for example SSSL
+    # optimisation; 0 (or -1 for weight decay) takes what the dial says
+    steps: int = 0  # updates
+    batch_tokens: int = 0  # tokens an update, over all ranks
+    micro_rows: int = 16  # rows of a forward pass; smaller needs less memory and computes the same
+    lr_matrix: float = 0.0  # Muon, matrices
+    lr_embed: float = 0.0  # AdamW, embeddings
+    lr_unembed: float = 0.0  # AdamW, output layer
+    weight_decay: float = -1.0  # of matrices
+    warmup: float = 0.02  # share of steps in which the rates rise from 0
+    warmdown: float = 0.5  # share of steps in which they fall to final_lr
+    final_lr: float = 0.02  # rates at the end, as a share
+    seed: int = 1  # of weights and data
+    # on the way
+    log_every: int = 10  # steps between lines
+    eval_every: int = 250  # steps between validations
+    eval_rows: int = 0  # rows of validation on the way; 0 is all of them; the last one always takes all
+    sample_every: int = 250  # steps between samples
+    save_every: int = 250  # steps between checkpoints
+    prompts: str = "Once upon a time|The capital of France|Anna has"  # to continue in samples
+    stop_after: int = 0  # end this call after so many steps; the same command goes on later
+    # machine
+    device: str = "auto"  # cuda, cpu, mps
+    dtype: str = "auto"  # bfloat16, float32
+    threads: int = 0  # CPU threads; 0 shares all cores between the ranks
+    compile: bool = False  # torch.compile the training forward
+    deterministic: bool = False  # the same bits on CUDA too, slower
+
+
+def dial(cfg, model):
+    """What follows from the depth, where the command line does not say otherwise.
+
+    Batch and horizon grow with the model: about 16 tokens for each weight that multiplies, in updates of
+    16k tokens at depth 4 and 512k at depth 20. Rates are those found at depth 4 and hold at others, since
+    Muon's update and AdamW's 1/sqrt(width) (in optim.py) do not depend on size.
+    """
+    sizes, _ = model.sizes()
+    cfg.batch_tokens = cfg.batch_tokens or max(cfg.seq_len, 2 ** round(14 + 2.15 * torch.tensor(cfg.depth / 4).log2().item()))
+    cfg.steps = cfg.steps or max(1, 16 * (sizes["matrices"] + sizes["unembedding"]) // cfg.batch_tokens)
+    cfg.lr_matrix = cfg.lr_matrix or 0.04
+    cfg.lr_embed = cfg.lr_embed or 0.5
+    cfg.lr_unembed = cfg.lr_unembed or 0.008
+    cfg.weight_decay = cfg.weight_decay if cfg.weight_decay >= 0 else 0.05
+    return cfg
+
+
+def lr_scale(step, cfg):
+    """Linear warm-up, a plateau, linear warm-down; `step` counts updates from 0."""
+    up, down = max(1, round(cfg.warmup * cfg.steps)), max(1, round(cfg.warmdown * cfg.steps))
+    return min((step + 1) / up, 1, cfg.final_lr + (1 - cfg.final_lr) * (cfg.steps - step) / down)
+
+
+def main(argv):
+    cfg = override(Config(), argv, __doc__)
+    machine = start_machine(cfg.device, cfg.dtype, cfg.threads, cfg.deterministic)
+    lock_folder(cfg.out, machine)
+    tokenizer, hash, train, val = prepare(cfg, machine)
+    shape = GPTConfig.from_depth(cfg.depth, tokenizer.vocab_size, cfg.seq_len, cfg.kv_heads, cfg.window_pattern)
+    model = GPT(shape, machine.dtype)
+    cfg = dial(cfg, model)
+    rows = cfg.batch_tokens // cfg.seq_len  # of an update, over all ranks
+    folder = f"{cfg.out}/base"
+
+    found = find_resume(folder, cfg, machine)
+    model, state = load_model(found, machine, hash) if found else (model.init(cfg.seed).to(machine.device), {})
+    rates = (cfg.lr_matrix, cfg.lr_embed, cfg.lr_unembed, cfg.weight_decay)
+    optimizer = build(model, *rates, rank=machine.rank, world=machine.world)
+    start = state["step"] if found else 0
+    if found and start >= cfg.steps:
+        return machine.print(f"{found} is complete")
+    if found:
+        load_optimizer(found, optimizer)
+    trim_metrics(cfg.out, "base", start, machine)
+    run = compile_model(model, machine) if cfg.compile else model
+    sizes, flops = model.sizes()
+    dropped, _, cut = train.loss(cfg.seq_len, cfg.seed)
+    machine.print(f"pretraining: {sum(sizes.values()):,} parameters, width {shape.width}, {cfg.steps} steps of {rows} rows of {cfg.seq_len} tokens,")
+    machine.print(f"  {machine.world} x {machine.device.type} in {str(machine.dtype)[6:]}, {machine.threads} threads; packing drops {dropped:.2%} of tokens, cuts {cut:.0%} of documents")
+    machine.print(f"  going on from step {start}" if found else "  from random weights")
+
+    clock, seconds = time.time() - state.get("seconds", 0), []
+    for step in range(start, cfg.steps + 1):
+        last = step == cfg.steps
+        if last or (step and step % cfg.eval_every == 0):
+            bpb = bits_per_byte(model, tokenizer, val, machine, cfg.micro_rows, 0 if last else cfg.eval_rows)
+            machine.print(f"step {step:5}  validation {bpb:.4f} bits per byte")
+            log_metrics(cfg.out, machine, stage="base", step=step, seconds=time.time() - clock, bpb=bpb)
+        if machine.first and (last or step % cfg.sample_every == 0):
+            show_samples(model, tokenizer, cfg)
+        if last:
+            record(cfg.out, machine, "base", {"bpb": bpb}, time.time() - clock)
+        if step > start and (last or step % cfg.save_every == 0 or step == start + cfg.stop_after):
+            state = {"stage": "base", "config": dataclasses.asdict(cfg), "tokenizer": hash, "seconds": time.time() - clock}
+            save_checkpoint(folder, step, model, optimizer, machine, state)
+        if last or (cfg.stop_after and step == start + cfg.stop_after):
+            break
+
+        # ---------------- training ----------------
+        t0 = time.time()
+        ids, targets = batch(train, rows, cfg.seq_len, cfg.seed, step, machine.rank, machine.world)
+        count = machine.sum(int((targets >= 0).sum()))
+        nats = torch.zeros((), device=machine.device)
+        for x, y in zip(ids.split(cfg.micro_rows), targets.split(cfg.micro_rows)):
+            loss = run(x.to(machine.device), y.to(machine.device)).sum()
+            (loss / max(1, count)).backward()
+            nats += loss.detach()
+        optimizer.step(lr_scale(step, cfg))
+        optimizer.zero_grad()
+        # ------------------------------------------
+
+        loss = machine.sum(nats.item()) / max(1, count)
+        seconds.append(time.time() - t0)
+        if step % cfg.log_every == 0 or step == cfg.steps - 1:
+            pace = sorted(seconds[-20:])[len(seconds[-20:]) // 2]  # the median: one slow step says nothing
+            speed, left = cfg.batch_tokens / pace, pace * (cfg.steps - step - 1)
+            machine.print(f"step {step:5}/{cfg.steps}  loss {loss:.4f}  rate x{lr_scale(step, cfg):.2f}  {speed:,.0f} tokens/s  {left / 60:.1f} min left")
+            log_metrics(cfg.out, machine, stage="base", step=step, seconds=time.time() - clock, loss=loss, tokens_per_second=speed, gflops=speed * flops / 1e9)
+        if loss != loss:
+            raise SystemExit(f"the loss is not a number at step {step}; lower --lr_matrix or --lr_embed, or look at the data")
+    if machine.world > 1:
+        dist.destroy_process_group()
+
+
+def show_samples(model, tokenizer, cfg):
+    """Continue the prompts, so that a person sees noise turn into language."""
+    prompts = [[tokenizer.special("<|bos|>"), *tokenizer.encode(p)] for p in cfg.prompts.split("|")]
+    engine = Engine(model, tokenizer, len(prompts))
+    for request in engine.generate(prompts, Params(max_tokens=40, temperature=0.7, top_k=50, seed=cfg.seed)):
+        print("   | " + tokenizer.decode(request.prompt[1:] + [i for i in request.ids if i < tokenizer.vocab_size - 16]).replace("\n", " "))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; the same command goes on from the last checkpoint")

@@ -1,0 +1,212 @@
+"""
+Reinforcement learning: from a model that imitates to one that is right more often.
+
+    python rl.py                                    # the fine-tuned model in out/, arithmetic in words
+    python rl.py --task=counting --out=other --from=out
+    torchrun --nproc_per_node=8 rl.py
+
+Writes out/rl/step_NNNNNN. Each step takes fresh problems, has the model answer each of them several times
+at temperature 1, grades the answers, and makes answers that beat their group's mean likelier, the others less:
+
+    loss = - sum over sampled tokens of  (reward - mean reward of the problem's group) * log p(token)
+           / number of sampled tokens of the step, over all ranks
+
+This is REINFORCE (Williams 1992) with the group mean as its baseline, the part of GRPO (Shao et al. 2024, arXiv
+2402.03300) that does the work here. Left out, and why:
+    importance ratio and clipping (PPO)    one update per batch of answers: the ratio is always one
+    KL to a reference model                short runs from a good start, graded by exact answers, do not drift far
+    dividing by the group's deviation      it weighs too easy and too hard problems most (Liu et al. 2025, arXiv 2503.20783)
+    top-k, top-p and other temperatures    the distribution sampled from must be the one whose gradient is taken
+Tokens that the calculator wrote are read but not learnt; the token that ends the answer is.
+"""
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from data import TASKS, load_tokenizer, parse, render, visible
+from evals import record, run_tasks, task_figures
+from gpt import find_resume, load_model, load_optimizer, lock_folder, log_metrics
+from gpt import override, save_checkpoint, start_machine, trim_metrics
+from optim import build
+from sample import Engine, Params
+
+# -----------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    # where things are
+    out: str = "out"  # folder of the run
+    from_: str = ""  # take tokenizer and earlier stages from another run's folder
+    init: str = "sft"  # the stage to start from
+    fresh: bool = False  # start this stage over
+    # data
+    task: str = "arithmetic"  # whose problems and grader, from TASKS in data.py
+    # optimisation
+    steps: int = 60  # updates
+    problems: int = 16  # problems a step, over all ranks
+    samples: int = 8  # answers a problem
+    max_tokens: int = 48  # longest answer
+    micro_rows: int = 32  # rows of a forward pass; smaller needs less memory and computes the same
+    lr_matrix: float = 0.003  # Muon, matrices
+    lr_embed: float = 0.02  # AdamW, embeddings
+    lr_unembed: float = 0.0005  # AdamW, output layer
+    seed: int = 1  # of problems and sampling
+    # on the way
+    log_every: int = 5  # steps between lines
+    eval_every: int = 20  # steps between evaluations
+    eval_count: int = 200  # items a task on the way
+    final_count: int = 500  # items a task at the end
+    sample_every: int = 20  # steps between printed answers
+    save_every: int = 20  # steps between checkpoints
+    stop_after: int = 0  # end this call after so many steps; the same command goes on later
+    # machine
+    device: str = "auto"  # cuda, cpu, mps
+    dtype: str = "auto"  # bfloat16, float32
+    threads: int = 0  # CPU threads; 0 shares all cores between the ranks
+    deterministic: bool = False  # the same bits on CUDA too, slower
+
+
+def lr_scale(step, cfg):
+    """Linear from one to zero; `step` counts updates from 0."""
+    return 1 - step / cfg.steps
+
+
+def rollouts(engine, task, cfg, step, machine):
+    """This rank's share of a step's answers: [(request, reward, advantage)], group by group, and their text.
+
+    Problems and seeds depend on the step and the problem's number alone, never on the ranks.
+    """
+    tokenizer = engine.tokenizer
+    items = task.items("train", f"rl {cfg.seed} {step}", cfg.problems)
+    mine = range(len(items) * machine.rank // machine.world, len(items) * (machine.rank + 1) // machine.world)
+    prompts, params = [], []
+    for i in mine:
+        prompts += [render(items[i]["messages"], tokenizer, reply=True)[0]] * cfg.samples
+        seeds = (((cfg.seed * 10**6 + step) * 10**4 + i) * 10**3 + s for s in range(cfg.samples))
+        params += [Params(cfg.max_tokens, temperature=1.0, seed=seed) for seed in seeds]
+    requests = engine.generate(prompts, params)
+    texts = [visible(parse(r.ids, tokenizer)) for r in requests]
+    rewards = [task.grade(items[mine[n // cfg.samples]], text) for n, text in enumerate(texts)]
+    answers = []
+    for n, request in enumerate(requests):
+        group = rewards[n - n % cfg.samples :][: cfg.samples]
+        answers.append((request, rewards[n], rewards[n] - sum(group) / len(group)))
+    shown = [(items[mine[0]]["messages"][-1]["content"], t, r) for t, r in zip(texts[:3], rewards)] if mine else []
+    return answers, shown
+
+
+def rows_of(answers, device):
+    """Answers as a padded batch: ids and targets (B, T), -1 where the model did not choose, advantages (B,)."""
+    width = max(len(r.prompt) + len(r.ids) for r, _, _ in answers) - 1
+    ids = torch.zeros(len(answers), width, dtype=torch.long)
+    targets = torch.full((len(answers), width), -1)
+    for b, (request, _, _) in enumerate(answers):
+        tokens = torch.tensor(request.prompt + request.ids)
+        learnt = torch.tensor([False] * (len(request.prompt) - 1) + request.sampled)
+        ids[b, : len(tokens) - 1] = tokens[:-1]
+        targets[b, : len(tokens) - 1] = torch.where(learnt, tokens[1:], -1)
+    advantages = torch.tensor([a for _, _, a in answers])
+    return ids.to(device), targets.to(device), advantages.to(device)
+
+
+def main(argv):
+    cfg = override(Config(), argv, __doc__)
+    if cfg.task not in TASKS:
+        raise SystemExit(f"--task={cfg.task}: there are {', '.join(TASKS)}")
+    machine = start_machine(cfg.device, cfg.dtype, cfg.threads, cfg.deterministic)
+    lock_folder(cfg.out, machine)
+    home, folder = cfg.from_ or cfg.out, f"{cfg.out}/rl"
+    tokenizer, hash = load_tokenizer(home)
+    task = TASKS[cfg.task]
+
+    found = find_resume(folder, cfg, machine)
+    model, state = load_model(found or f"{home}/{cfg.init}", machine, hash)
+    optimizer = build(model, cfg.lr_matrix, cfg.lr_embed, cfg.lr_unembed, rank=machine.rank, world=machine.world)
+    start = state["step"] if found else 0
+    if found and start >= cfg.steps:
+        return machine.print(f"{found} is complete")
+    if found:
+        load_optimizer(found, optimizer)
+    trim_metrics(cfg.out, "rl", start, machine)
+    engine = Engine(model, tokenizer, slots=min(256, cfg.problems * cfg.samples))
+    machine.print(f"reinforcement learning on {cfg.task}: {cfg.steps} steps of {cfg.problems} problems x {cfg.samples} answers,")
+    machine.print(f"  {machine.world} x {machine.device.type} in {str(machine.dtype)[6:]}; " + (f"going on from step {start}" if found else f"starting from {home}/{cfg.init}"))
+
+    clock, seconds = time.time() - (state["seconds"] if found else 0), []
+    for step in range(start, cfg.steps + 1):
+        last = step == cfg.steps
+        if last or step % cfg.eval_every == 0:
+            names = list(TASKS) if last else [cfg.task]
+            results = run_tasks(model, tokenizer, machine, names, cfg.final_count if last else cfg.eval_count)
+            figures = task_figures(results)
+            machine.print(f"step {step:5}  held-out: " + "  ".join(f"{name} {r[0]:.1%}" for name, r in results.items()))
+            log_metrics(cfg.out, machine, stage="rl", step=step, seconds=time.time() - clock, accuracy=results[cfg.task][0])
+        if last:
+            record(cfg.out, machine, "rl", figures, time.time() - clock, {name: r[2] for name, r in results.items()})
+        if step > start and (last or step % cfg.save_every == 0 or step == start + cfg.stop_after):
+            state = {"stage": "rl", "config": dataclasses.asdict(cfg), "tokenizer": hash, "seconds": time.time() - clock}
+            save_checkpoint(folder, step, model, optimizer, machine, state)
+        if last or (cfg.stop_after and step == start + cfg.stop_after):
+            break
+
+        # ---------------- training ----------------
+        t0 = time.time()
+        answers, shown = rollouts(engine, task, cfg, step, machine)
+        t1 = time.time()
+        count = machine.sum(sum(sum(r.sampled) for r, _, _ in answers))
+        telling = sorted((a for a in answers if a[2]), key=lambda a: len(a[0].prompt) + len(a[0].ids))  # others have no gradient
+        for i in range(0, len(telling), cfg.micro_rows):
+            ids, targets, advantages = rows_of(telling[i : i + cfg.micro_rows], machine.device)
+            nats = model(ids, targets)  # (B, T), minus the log-probability of each sampled token
+            ((advantages[:, None] * nats).sum() / count).backward()
+        optimizer.step(lr_scale(step, cfg))
+        optimizer.zero_grad()
+        # ------------------------------------------
+
+        seconds.append(time.time() - t0)
+        if machine.first and step % cfg.sample_every == 0:
+            for question, text, reward in shown:
+                print(f"   {'right' if reward == 1 else 'wrong'} | {question} -> {text}")
+        everyone = [a for share in machine.gather([(r.ids, r.sampled, r.logprobs, reward, a) for r, reward, a in answers]) for a in share]
+        if machine.first and (step % cfg.log_every == 0 or step == cfg.steps - 1):
+            figures = describe(everyone, tokenizer, cfg)
+            pace = sorted(seconds[-20:])[len(seconds[-20:]) // 2]
+            left = pace * (cfg.steps - step - 1)
+            print(
+                f"step {step:5}/{cfg.steps}  reward {figures['reward']:.3f}  pass@{cfg.samples} {figures['pass_at_k']:.3f}  "
+                f"length {figures['length']:.1f}  entropy {figures['entropy']:.3f}  rollouts {(t1 - t0) / seconds[-1]:.0%} of {seconds[-1]:.1f} s  {left / 60:.1f} min left",
+                flush=True,
+            )
+            speed = sum(len(a[0]) for a in everyone) / (t1 - t0)
+            log_metrics(cfg.out, machine, stage="rl", step=step, seconds=time.time() - clock, rollout_share=(t1 - t0) / seconds[-1], tokens_per_second=speed, **figures)
+    if machine.world > 1:
+        dist.destroy_process_group()
+
+
+def describe(answers, tokenizer, cfg):
+    """Figures of a step's answers, each (ids, sampled, logprobs, reward, advantage), group after group."""
+    rewards = [a[3] for a in answers]
+    groups = [rewards[i : i + cfg.samples] for i in range(0, len(rewards), cfg.samples)]
+    chosen = [p for a in answers for p, sampled in zip(a[2], a[1]) if sampled]
+    calls = [p["text"] for a in answers for p in parse(a[0], tokenizer) if p["type"] == "output"]
+    return {
+        "reward": sum(rewards) / len(rewards),
+        "pass_at_k": sum(max(g) == 1 for g in groups) / len(groups),
+        "length": sum(len(a[0]) for a in answers) / len(answers),
+        "entropy": -sum(chosen) / max(1, len(chosen)),  # the mean surprise of one's own samples estimates it
+        "no_signal": sum(max(g) == min(g) for g in groups) / len(groups),
+        "valid_calls": sum(c != "error" for c in calls) / max(1, len(calls)),
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; the same command goes on from the last checkpoint")

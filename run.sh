@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# bash run.sh          set up this machine and run the recipe that suits it: the demo on a CPU, more on GPUs
+# bash run.sh test     set up and run the tests
+# bash run.sh serve    set up and start the chat page
+# Further words go to the program: `bash run.sh serve --port=9000`, `bash run.sh test -k muon`.
+# OUT=DIR is the run's folder (out). DATA=PATH trains on your own text. A second call does only what is not done yet.
+set -euo pipefail
+cd "$(dirname "$0")"
+OUT=${OUT:-out} DATA=${DATA:-} VENV=$PWD/.venv
+
+fail() { echo "run.sh: $*" >&2; exit 1; }
+
+setup() {
+    local python=${PYTHON:-python3}
+    command -v "$python" >/dev/null || fail "python3 (3.10 or newer) is missing: apt-get install python3 python3-venv"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "python 3.10 or newer is needed, this is $("$python" -V)"
+    if [ ! -x "$VENV/bin/pip" ]; then
+        rm -rf "$VENV"
+        "$python" -m venv "$VENV" || { rm -rf "$VENV"; fail "python's venv is missing: apt-get install python3-venv"; }
+    fi
+    if ! "$VENV/bin/python" -c 'import torch, numpy, requests, pytest' 2>/dev/null; then
+        # The torch that PyPI serves for Linux brings 4 GB of CUDA along. Without a GPU, try the CPU build first.
+        echo "installing torch (once; minutes)"
+        if [ "$(gpus)" = 0 ] && [ "$(uname)" = Linux ]; then
+            "$VENV/bin/pip" install -q --retries 0 --timeout 15 --index-url https://download.pytorch.org/whl/cpu "torch>=2.9" 2>/dev/null ||
+                echo "the CPU build of torch is out of reach, taking the one with CUDA"
+        fi
+        "$VENV/bin/pip" install -q "torch>=2.9" numpy requests pytest || fail "the packages cannot be installed; see pip's message above"
+    fi
+    # build the tokenizer again when its sources have changed
+    local sum
+    sum=$(cat tok.rs Cargo.toml Cargo.lock pyproject.toml | cksum)
+    if [ "$(cat "$VENV/tok.sum" 2>/dev/null)" != "$sum" ]; then
+        command -v cc >/dev/null || fail "a C compiler is missing (Rust links with it): apt-get install gcc libc6-dev"
+        echo "building the tokenizer (tok.rs)"
+        # where cargo is missing, the build fetches Rust by itself
+        "$VENV/bin/pip" install -q --force-reinstall --no-deps . || fail "the tokenizer cannot be built; if Rust is what is missing, https://rustup.rs has it"
+        rm -rf build
+        echo "$sum" >"$VENV/tok.sum"
+    fi
+    # shellcheck disable=SC1091
+    source "$VENV/bin/activate"
+}
+
+gpus() { { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true; }
+
+case ${1:-all} in
+test)
+    shift
+    setup
+    exec python -m pytest -q test_all.py "$@"
+    ;;
+serve)
+    shift
+    setup
+    exec python serve.py --out="$OUT" "$@"
+    ;;
+all)
+    setup
+    n=$(gpus)
+    if [ "$n" = 0 ]; then
+        # the demo: a model of 3 layers learns the embedded world on a CPU
+        python pretrain.py --out="$OUT" ${DATA:+--data="$DATA"} --depth=3 --seq_len=256 --batch_tokens=4096 --steps=250
+        python sft.py --out="$OUT"
+        python rl.py --out="$OUT"
+    else
+        run() { torchrun --standalone --nproc_per_node="$n" "$@"; }
+        run pretrain.py --out="$OUT" ${DATA:+--data="$DATA"} --depth=12 --seq_len=1024 --vocab_size=32768 --window_pattern=SSSL --compile=1
+        run sft.py --out="$OUT" --compile=1
+        run rl.py --out="$OUT"
+    fi
+    echo "done: the report is $OUT/report.html; chat with 'bash run.sh serve' or '.venv/bin/python sample.py --out=$OUT'"
+    ;;
+*)
+    fail "unknown command '$1'; there are: bash run.sh, bash run.sh test, bash run.sh serve"
+    ;;
+esac

@@ -1,0 +1,353 @@
+"""
+The inference engine: many requests at once, with a cache and a calculator; and a chat in the terminal.
+
+    python sample.py                                   # chat with the last stage in out/ (rl, sft, base)
+    python sample.py -p "What is the capital of Peru?" # answer once
+    python sample.py --stage=base -p "Once upon a time" --temperature=0.8
+
+A request is a list of prompt ids with its parameters. Each step of the engine lets waiting requests into
+free slots, reads their prompts (all new ones in one ragged forward), and then takes one token for every
+running request in one batched forward. Finished requests leave at once and the last slot moves into the
+gap, so that the running ones are always the first slots of the cache.
+
+Chance is keyed, not drawn: the one uniform number that picks a token is a hash of (seed, position). So a
+request gives the same tokens whatever its neighbours, except where two candidates tie within rounding.
+
+Left out: paging of the cache (a slot holds a whole context; at these sizes memory is not what runs out).
+"""
+
+import ast
+import codecs
+import math
+import operator
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from data import load_tokenizer, parse, render, visible
+from gpt import KVCache, latest, load_model, override, start_machine
+
+# -----------------------------------------------------------------------------
+# Calculator: what the model may compute between <|python_start|> and <|python_end|>
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+OPERATORS |= {ast.USub: operator.neg, ast.UAdd: operator.pos}
+LARGEST = 1e15  # no intermediate result may exceed this
+
+
+def calculate(expression):
+    """The value of arithmetic on numbers, or of "text".count("x"), as text; "error" for anything else.
+
+    >>> calculate("(3 + 4) * 2"), calculate('"strawberry".count("r")'), calculate("__import__('os')")
+    ('14', '3', 'error')
+
+    Walks the syntax tree and knows nothing but numbers and these operators; nothing is ever eval'ed.
+    """
+    try:
+        if len(expression) > 200:
+            return "error"
+        value = evaluate(ast.parse(expression.strip(), mode="eval").body)
+        if isinstance(value, float) and value == int(value):
+            value = int(value)
+        return str(value) if isinstance(value, int) else f"{value:.10g}"
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        return "error"
+
+
+def evaluate(node):
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        value = node.value
+    elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+        value = OPERATORS[type(node.op)](evaluate(node.operand))
+    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        left, right = evaluate(node.left), evaluate(node.right)
+        if isinstance(node.op, ast.Pow) and (right < 0 or right * math.log(abs(left) + 2) > math.log(LARGEST)):
+            raise ValueError("power too large")
+        value = OPERATORS[type(node.op)](left, right)
+    elif isinstance(node, ast.Call) and not node.keywords and len(node.args) == 1 and isinstance(node.func, ast.Attribute):
+        text, part = node.func.value, node.args[0]
+        if node.func.attr != "count" or not all(isinstance(n, ast.Constant) and isinstance(n.value, str) for n in (text, part)):
+            raise ValueError("not a count")
+        value = text.value.count(part.value)
+    else:
+        raise ValueError("not arithmetic")
+    if isinstance(value, complex) or not abs(value) <= LARGEST:  # a NaN fails this too
+        raise ValueError("too large")
+    return value
+
+
+# -----------------------------------------------------------------------------
+# Engine
+
+
+@dataclass
+class Params:
+    max_tokens: int = 256  # most tokens to generate
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_k: int = 0  # sample among so many; 0 is all
+    top_p: float = 1.0  # sample among the likeliest that together have this probability
+    seed: int = 0  # of this request's chance
+    tools: bool = True  # run the calculator
+
+
+@dataclass(eq=False)
+class Request:
+    prompt: list
+    params: Params
+    ids: list = field(default_factory=list)  # generated so far, stop token included
+    logprobs: list = field(default_factory=list)  # of each id under the distribution sampled from, before top-k and top-p
+    sampled: list = field(default_factory=list)  # False where the tool wrote the token
+    forced: deque = field(default_factory=deque)  # the tool's tokens still to be read
+    finish: str = ""  # "stop" or "length" once done
+
+
+def uniform(seed, position):
+    """A number in [0, 1) from a 64-bit hash of both (splitmix64)."""
+    x = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1B54A32D192ED03) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) % 2**64
+    return ((x ^ (x >> 31)) >> 11) / 2**53
+
+
+class Engine:
+    """Continuous batching over the slots of one cache.
+
+    >>> engine = Engine(model, tokenizer, slots=8)
+    >>> engine.generate([prompt_ids, other_ids], Params(max_tokens=20))[0].ids
+    """
+
+    def __init__(self, model, tokenizer, slots=16):
+        self.model, self.tokenizer = model, tokenizer
+        self.device = model.embed.weight.device
+        self.cache = KVCache(model.cfg, slots, device=self.device, dtype=model.dtype)
+        self.slots, self.waiting, self.running = slots, deque(), []
+        names = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
+        self.special = {name: tokenizer.special(f"<|{name}|>") for name in names}
+
+    def submit(self, prompt, params):
+        """Queue a prompt (ids). Raises ValueError when it is empty or leaves no room to answer."""
+        if not prompt or len(prompt) >= self.cache.length:
+            raise ValueError(f"a prompt of {len(prompt)} tokens; the model reads 1 to {self.cache.length - 1}")
+        request = Request(list(prompt), params)
+        self.waiting.append(request)
+        return request
+
+    def cancel(self, request):
+        """Drop a request whose answer nobody waits for any more."""
+        request.finish = request.finish or "cancelled"
+        if request in self.waiting:
+            self.waiting.remove(request)
+
+    def generate(self, prompts, params):
+        """Run prompts to their ends; `params` is one for all or a list. Returns the requests, in order."""
+        params = params if isinstance(params, list) else [params] * len(prompts)
+        requests = [self.submit(prompt, p) for prompt, p in zip(prompts, params)]
+        while not all(r.finish for r in requests):
+            self.step()
+        return requests
+
+    @torch.inference_mode()
+    def step(self):
+        """Let requests in, read their prompts, take one token for each running request. True while there is work."""
+        self.retire()
+        fresh = []
+        while self.waiting and len(self.running) < self.slots:
+            self.running.append(self.waiting.popleft())
+            fresh.append(len(self.running) - 1)
+        if fresh:
+            self.prefill(fresh)
+        if self.running:
+            self.decode()
+        return bool(self.waiting or self.running)
+
+    def retire(self):
+        """Drop finished requests; the last running one moves into the gap."""
+        for i in reversed(range(len(self.running))):
+            if self.running[i].finish:
+                last = self.running.pop()
+                if i < len(self.running):
+                    self.cache.copy(len(self.running), [i], len(last.prompt) + len(last.ids))
+                    self.running[i] = last
+
+    def prefill(self, fresh):
+        """Read the prompts of these slots but for the last token, which decode reads; equal prompts once."""
+        slots_of = {}
+        for i in fresh:
+            slots_of.setdefault(tuple(self.running[i].prompt[:-1]), []).append(i)
+        slots_of.pop((), None)
+        if not slots_of:
+            return
+        longest = max(map(len, slots_of))
+        # padding writes beyond a row's end, where later tokens overwrite it before anything reads it
+        ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in slots_of], device=self.device)
+        self.cache.rows = torch.tensor([slots[0] for slots in slots_of.values()], device=self.device)
+        self.cache.span = longest
+        self.model(ids, cache=self.cache, pos=torch.zeros(len(ids), dtype=torch.long, device=self.device))
+        for prompt, slots in slots_of.items():
+            if len(slots) > 1:
+                self.cache.copy(slots[0], slots[1:], len(prompt))
+
+    def decode(self):
+        """One forward for all running requests, then one token for each."""
+        last = [(r.ids or r.prompt)[-1] for r in self.running]
+        at = [len(r.prompt) + len(r.ids) - 1 for r in self.running]
+        self.cache.rows, self.cache.span = None, max(at) + 1
+        pos = torch.tensor(at, device=self.device)
+        logits = self.model(torch.tensor(last, device=self.device)[:, None], cache=self.cache, pos=pos)[:, -1]  # (B, V)
+        tokens, logprobs = self.pick(logits, at)
+        for request, token, logprob in zip(self.running, tokens, logprobs):
+            self.accept(request, token, logprob)
+
+    def pick(self, logits, at):
+        """A token for each row of logits (B, V), and its log-probability."""
+        params = [r.params for r in self.running]
+        heat = torch.tensor([p.temperature or 1.0 for p in params], device=self.device)[:, None]
+        logprobs = torch.log_softmax(logits / heat, dim=-1)
+        tokens = logits.argmax(dim=-1)
+        if any(p.temperature for p in params):
+            p = logprobs.double().exp()
+            if any(q.top_k or q.top_p < 1 for q in params):
+                order = p.sort(dim=-1, descending=True)
+                before = order.values.cumsum(-1) - order.values  # probability of all likelier ones
+                k = torch.tensor([q.top_k or p.size(1) for q in params], device=self.device)[:, None]
+                top_p = torch.tensor([q.top_p for q in params], device=self.device, dtype=p.dtype)[:, None]
+                keep = (torch.arange(p.size(1), device=self.device) < k) & ((before < top_p) | (before == 0))
+                p = torch.zeros_like(p).scatter(1, order.indices, order.values * keep)
+            total = p.cumsum(-1)
+            u = torch.tensor([uniform(q.seed, i) for q, i in zip(params, at)], device=self.device, dtype=p.dtype)
+            drawn = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=p.size(1) - 1)
+            hot = torch.tensor([q.temperature > 0 for q in params], device=self.device)
+            tokens = torch.where(hot, drawn, tokens)
+        return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+
+    def accept(self, request, token, logprob):
+        """Append a token, or the tool's next one in its place; run the tool; see whether the request ends."""
+        sampled = not request.forced
+        if not sampled:
+            token, logprob = request.forced.popleft(), 0.0
+        request.ids.append(token)
+        request.logprobs.append(logprob)
+        request.sampled.append(sampled)
+        if sampled and token in (self.special["assistant_end"], self.special["bos"]):
+            request.finish = "stop"
+        elif len(request.ids) >= request.params.max_tokens or len(request.prompt) + len(request.ids) >= self.cache.length:
+            request.finish = "length"
+        elif sampled and token == self.special["python_end"] and request.params.tools:
+            if self.special["python_start"] in request.ids:
+                start = len(request.ids) - request.ids[::-1].index(self.special["python_start"])
+                result = calculate(self.tokenizer.decode(request.ids[start:-1]))
+                output = [self.special["output_start"], *self.tokenizer.encode(result), self.special["output_end"]]
+                request.forced.extend(output)
+
+
+# -----------------------------------------------------------------------------
+# Text of a running request
+
+
+class Stream:
+    """Turns the ids of a request into text as they come, never showing half a character.
+
+    Each call of new(ids) returns what is new as [(kind, text)], kind being "text", "python" or "output".
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.seen, self.kind = tokenizer, 0, "text"
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.kinds = {tokenizer.special(f"<|{k}_start|>"): k for k in ("python", "output")}
+        self.kinds |= {tokenizer.special(f"<|{k}_end|>"): "text" for k in ("python", "output")}
+        self.silent = {tokenizer.special(f"<|{k}|>") for k in ("bos", "assistant_end")}
+
+    def new(self, ids):
+        pieces = []
+        for id in ids[self.seen :]:
+            if id in self.kinds:
+                self.kind = self.kinds[id]
+            elif id not in self.silent:
+                text = self.decoder.decode(self.tokenizer.token_bytes(id))
+                if text:
+                    pieces.append((self.kind, text))
+        self.seen = len(ids)
+        return pieces
+
+
+# -----------------------------------------------------------------------------
+# Terminal
+
+
+@dataclass
+class Config:
+    out: str = "out"  # folder of the run
+    stage: str = ""  # base, sft or rl; empty is the last there is
+    prompt: str = ""  # answer this and end (also: -p "...")
+    system: str = ""  # a system message
+    temperature: float = 0.6  # 0 is greedy
+    top_k: int = 50  # sample among so many; 0 is all
+    max_tokens: int = 256  # longest answer
+    seed: int = 0  # of the sampling
+    device: str = "auto"  # cuda, cpu
+    dtype: str = "auto"  # bfloat16, float32
+    threads: int = 0  # CPU threads; 0 is all cores
+
+
+def load_engine(cfg, machine, slots):
+    """Engine over the checkpoint that cfg.out and cfg.stage name, and the name of its stage."""
+    tokenizer, hash = load_tokenizer(cfg.out)
+    stage = cfg.stage or next((s for s in ("rl", "sft", "base") if latest(f"{cfg.out}/{s}")), "base")
+    model, _ = load_model(f"{cfg.out}/{stage}", machine, hash)
+    return Engine(model.to(machine.dtype).eval(), tokenizer, slots), stage
+
+
+def answer(engine, prompt, cfg, seed):
+    """Print a reply as it comes; returns its parts."""
+    request = engine.submit(prompt, Params(cfg.max_tokens, cfg.temperature, cfg.top_k, seed=seed))
+    stream, kind = Stream(engine.tokenizer), "text"
+    while not request.finish:
+        engine.step()
+        for new_kind, text in stream.new(request.ids):
+            if new_kind != kind:
+                text = {"python": "[", "output": " = ", "text": "] "}[new_kind] + text.lstrip()
+            kind = new_kind
+            print(text, end="", flush=True)
+    print()
+    return parse(request.ids, engine.tokenizer)
+
+
+def main(argv):
+    argv = [f"--prompt={argv[i + 1]}" if a == "-p" else a for i, a in enumerate(argv) if i == 0 or argv[i - 1] != "-p"] if "-p" in argv[:-1] else argv
+    cfg = override(Config(), argv, __doc__)
+    engine, stage = load_engine(cfg, start_machine(cfg.device, cfg.dtype, cfg.threads), 1)
+    tokenizer = engine.tokenizer
+    if stage == "base":
+        if not cfg.prompt:
+            raise SystemExit("the base model continues text: give it some with -p, or chat with a later stage")
+        print(cfg.prompt, end="")
+        answer(engine, [tokenizer.special("<|bos|>"), *tokenizer.encode(cfg.prompt)], cfg, cfg.seed)
+        return
+    messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    if not cfg.prompt:
+        print(f"Chatting with {cfg.out}/{stage}. An empty line starts over, Ctrl-D ends.")
+    while True:
+        try:
+            line = cfg.prompt or input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not line:
+            messages = messages[:1] if cfg.system else []
+            print("(a new conversation)")
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            parts = answer(engine, render(messages, tokenizer, reply=True)[0], cfg, cfg.seed + len(messages))
+        except ValueError as error:
+            raise SystemExit(str(error)) if cfg.prompt else None
+        if cfg.prompt:
+            return
+        messages.append({"role": "assistant", "content": parts})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

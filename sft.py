@@ -1,0 +1,152 @@
+"""
+Supervised fine-tuning: from a model that continues text to one that answers, uses its calculator and stops.
+
+    python sft.py                                             # the base model in out/, the demo's conversations
+    torchrun --nproc_per_node=8 sft.py
+    python sft.py --out=more --from=out --init=sft            # go on from a fine-tuned model, in a folder of its own
+
+Writes out/sft/step_NNNNNN. It is pretraining with two differences: rows hold whole conversations, and only
+what the assistant says is supervised (the calculator's output is not: the model reads it, it never writes it).
+Killed at any moment, the same command goes on, as in pretraining.
+"""
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data import TASKS, batch, chat_set, conversations, load_tokenizer, render
+from evals import record, run_tasks, task_figures
+from gpt import compile_model, find_resume, load_model, load_optimizer, lock_folder, log_metrics
+from gpt import override, save_checkpoint, start_machine, trim_metrics
+from optim import build
+from sample import Engine, Params
+
+# -----------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    # where things are
+    out: str = "out"  # folder of the run
+    from_: str = ""  # take tokenizer and earlier stages from another run's folder
+    init: str = "base"  # the stage to start from
+    fresh: bool = False  # start this stage over
+    # data
+    chats: int = 12000  # conversations of the demo world
+    # optimisation
+    steps: int = 250  # updates
+    batch_rows: int = 16  # rows of an update, over all ranks
+    micro_rows: int = 16  # rows of a forward pass; smaller needs less memory and computes the same
+    lr_matrix: float = 0.02  # Muon, matrices
+    lr_embed: float = 0.2  # AdamW, embeddings
+    lr_unembed: float = 0.004  # AdamW, output layer
+    weight_decay: float = 0.0  # of matrices
+    warmdown: float = 1.0  # share of steps in which the rates fall to 0
+    seed: int = 1  # of the conversations and their order
+    # on the way
+    log_every: int = 10  # steps between lines
+    eval_every: int = 125  # steps between evaluations
+    eval_count: int = 100  # items a task on the way
+    final_count: int = 500  # items a task at the end
+    sample_every: int = 125  # steps between samples
+    save_every: int = 125  # steps between checkpoints
+    prompts: str = "Who are you?|What is the capital of Sweden?|How many letters \"r\" are in \"strawberry\"?"  # to answer in samples
+    stop_after: int = 0  # end this call after so many steps; the same command goes on later
+    # machine
+    device: str = "auto"  # cuda, cpu, mps
+    dtype: str = "auto"  # bfloat16, float32
+    threads: int = 0  # CPU threads; 0 shares all cores between the ranks
+    compile: bool = False  # torch.compile the training forward
+    deterministic: bool = False  # the same bits on CUDA too, slower
+
+
+def lr_scale(step, cfg):
+    """Full rate, then linear to zero over the last `warmdown` of the steps; `step` counts updates from 0."""
+    return min(1, (cfg.steps - step) / max(1, round(cfg.warmdown * cfg.steps)))
+
+
+def main(argv):
+    cfg = override(Config(), argv, __doc__)
+    machine = start_machine(cfg.device, cfg.dtype, cfg.threads, cfg.deterministic)
+    lock_folder(cfg.out, machine)
+    home, folder = cfg.from_ or cfg.out, f"{cfg.out}/sft"
+    tokenizer, hash = load_tokenizer(home)
+
+    found = find_resume(folder, cfg, machine)
+    model, state = load_model(found or f"{home}/{cfg.init}", machine, hash)
+    T = model.cfg.seq_len
+    rates = (cfg.lr_matrix, cfg.lr_embed, cfg.lr_unembed, cfg.weight_decay)
+    optimizer = build(model, *rates, rank=machine.rank, world=machine.world)
+    start = state["step"] if found else 0
+    if found and start >= cfg.steps:
+        return machine.print(f"{found} is complete")
+    if found:
+        load_optimizer(found, optimizer)
+    trim_metrics(cfg.out, "sft", start, machine)
+    run = compile_model(model, machine) if cfg.compile else model
+    train = chat_set(conversations(cfg.seed, cfg.chats), tokenizer, T)
+    machine.print(f"fine-tuning: {cfg.chats} conversations in {train.rows(T, cfg.seed)} rows of {T} tokens, {cfg.steps} steps of {cfg.batch_rows} rows,")
+    machine.print(f"  {machine.world} x {machine.device.type} in {str(machine.dtype)[6:]}; " + (f"going on from step {start}" if found else f"starting from {home}/{cfg.init}"))
+
+    clock, seconds = time.time() - (state["seconds"] if found else 0), []
+    for step in range(start, cfg.steps + 1):
+        last = step == cfg.steps
+        if last or step % cfg.eval_every == 0:
+            results = run_tasks(model, tokenizer, machine, list(TASKS), cfg.final_count if last else cfg.eval_count)
+            figures = task_figures(results)
+            machine.print(f"step {step:5}  held-out: " + "  ".join(f"{name} {r[0]:.1%}" for name, r in results.items()))
+            log_metrics(cfg.out, machine, stage="sft", step=step, seconds=time.time() - clock, **figures)
+        if machine.first and (last or step % cfg.sample_every == 0):
+            show_samples(model, tokenizer, cfg)
+        if last:
+            record(cfg.out, machine, "sft", figures, time.time() - clock, {name: r[2] for name, r in results.items()})
+        if step > start and (last or step % cfg.save_every == 0 or step == start + cfg.stop_after):
+            state = {"stage": "sft", "config": dataclasses.asdict(cfg), "tokenizer": hash, "seconds": time.time() - clock}
+            save_checkpoint(folder, step, model, optimizer, machine, state)
+        if last or (cfg.stop_after and step == start + cfg.stop_after):
+            break
+
+        # ---------------- training ----------------
+        t0 = time.time()
+        ids, targets = batch(train, cfg.batch_rows, T, cfg.seed, step, machine.rank, machine.world)
+        count = machine.sum(int((targets >= 0).sum()))
+        nats = torch.zeros((), device=machine.device)
+        for x, y in zip(ids.split(cfg.micro_rows), targets.split(cfg.micro_rows)):
+            loss = run(x.to(machine.device), y.to(machine.device)).sum()
+            (loss / max(1, count)).backward()
+            nats += loss.detach()
+        optimizer.step(lr_scale(step, cfg))
+        optimizer.zero_grad()
+        # ------------------------------------------
+
+        loss = machine.sum(nats.item()) / max(1, count)
+        seconds.append(time.time() - t0)
+        if step % cfg.log_every == 0 or step == cfg.steps - 1:
+            pace = sorted(seconds[-20:])[len(seconds[-20:]) // 2]
+            speed, left = cfg.batch_rows * T / pace, pace * (cfg.steps - step - 1)
+            machine.print(f"step {step:5}/{cfg.steps}  loss {loss:.4f}  rate x{lr_scale(step, cfg):.2f}  {speed:,.0f} tokens/s  {left / 60:.1f} min left")
+            log_metrics(cfg.out, machine, stage="sft", step=step, seconds=time.time() - clock, loss=loss, tokens_per_second=speed)
+        if loss != loss:
+            raise SystemExit(f"the loss is not a number at step {step}; lower --lr_matrix or --lr_embed, or look at the data")
+    if machine.world > 1:
+        dist.destroy_process_group()
+
+
+def show_samples(model, tokenizer, cfg):
+    """Answer the prompts, special tokens included, so that a person sees what the model really says."""
+    questions = cfg.prompts.split("|")
+    prompts = [render([{"role": "user", "content": q}], tokenizer, reply=True)[0] for q in questions]
+    for question, request in zip(questions, Engine(model, tokenizer, len(prompts)).generate(prompts, Params(max_tokens=60))):
+        print(f"   | {question} -> {tokenizer.decode(request.ids)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; the same command goes on from the last checkpoint")

@@ -1,0 +1,1275 @@
+"""
+Every test of the system, and its benchmarks.
+
+    python -m pytest -q test_all.py             # all of them, a few minutes on two cores
+    python -m pytest -q test_all.py -k muon     # some of them
+    python test_all.py                          # the same as the first
+    python test_all.py bench tok                # or train, decode: prints a table
+
+Libraries are tested by import, stages as people run them: as subprocesses, on a tiny model. In reading order:
+tokenizer, model, optimizer, data, engine, evaluations, stages, server.
+"""
+
+import base64
+import collections
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+import torch
+import torch.nn.functional as F
+
+import data
+import evals
+import gpt
+import optim
+import tok
+from data import SPECIALS
+from gpt import GPT, GPTConfig, KVCache, Machine
+from sample import Engine, Params, Stream, calculate, uniform
+from tok import Tokenizer
+
+HERE = Path(__file__).parent
+CPU = Machine(torch.device("cpu"), torch.float32)
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+def run(script, *args, check=True, ranks=1, timeout=280):
+    """Run one of the scripts and return (exit code, what it printed)."""
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run([*launch, script, *map(str, args)], cwd=HERE, capture_output=True, text=True, timeout=timeout)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+# a base run, an SFT and an RL so small that each takes seconds
+TINY = ["--depth=1", "--seq_len=64", "--vocab_size=600", "--batch_tokens=512", "--micro_rows=4", "--steps=8", "--device=cpu", "--threads=1"]
+TINY += ["--dtype=float32", "--eval_rows=8", "--eval_every=100", "--sample_every=100", "--save_every=2", "--log_every=1"]
+TINY_SFT = ["--chats=200", "--steps=6", "--batch_rows=4", "--micro_rows=2", "--eval_every=100", "--eval_count=4", "--final_count=4"]
+TINY_SFT += ["--sample_every=100", "--save_every=2", "--log_every=1", "--device=cpu", "--threads=1", "--dtype=float32"]
+TINY_RL = ["--steps=4", "--problems=3", "--samples=4", "--max_tokens=8", "--micro_rows=4", "--eval_every=100", "--eval_count=4"]
+TINY_RL += ["--final_count=4", "--save_every=1", "--log_every=1", "--device=cpu", "--threads=1", "--dtype=float32"]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A folder in which all three stages have run; what they printed is in printed.txt."""
+    out = tmp_path_factory.mktemp("tiny")
+    printed = run("pretrain.py", f"--out={out}", *TINY)[1]
+    printed += run("sft.py", f"--out={out}", *TINY_SFT)[1]
+    printed += run("rl.py", f"--out={out}", *TINY_RL)[1]
+    (out / "printed.txt").write_text(printed)
+    return out
+
+
+def weights(folder):
+    """The last checkpoint's weights under a stage's folder."""
+    return torch.load(gpt.latest(folder) / "model.pt", weights_only=True)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer.train(data.demo_texts(1)[:3000] + ["naïve 你好 café"], 700, SPECIALS)
+
+
+def small(**changes):
+    """A small model with weights that make its output depend on everything."""
+    cfg = GPTConfig(**{"vocab_size": 300, "seq_len": 64, "depth": 3, "width": 64, "heads": 4, "kv_heads": 2, "window_pattern": "SL", **changes})
+    model = GPT(cfg).init(1)
+    rng = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=rng) * 0.1)
+    return model
+
+
+# -----------------------------------------------------------------------------
+# Tokenizer
+
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CORPUS = [
+    "the cat sat on the mat, the cat's hat; that's that. " * 3,
+    "Naïve café façade — über die Brücke. 12 345 6789",
+    "今日は東京で日本語を話します。今日は東京です。",
+    "ราคาไม่แพงราคาถูก สวัสดีครับ สวัสดีค่ะ",
+    "السلام عليكم السلام\r\n\r\nعليكم  \t x\n\n\n",
+    "👩‍👩‍👧‍👦👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301e\u0301e\u0301 aaaaaaaaaaaa abababab",
+]
+NASTY = [
+    "",
+    " ",
+    "中文分词不用空格，日本語もそうです。한국어는 씁니다.",
+    "ภาษาไทยไม่มีช่องว่างระหว่างคำ กำ น้ำ",
+    "اللُّغَةُ العَرَبِيَّة ٠١٢٣٤ ۰۱۲۳ १२३४ ๑๒๓ Ⅷ ½ ² ①",
+    "👨‍👩‍👧‍👦 🇩🇪🇫🇷 👍🏽 ❤️‍🔥 1️⃣",
+    "e\u0301 a\u0308\u0304 \u0301alone n\u0303o z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍",
+    "a\u00a0b\u2003c\u3000d\u1680e\u2028f\u2029g\u0085h\u200bi\ufeffj\u180ek\x1cl\x1fm",
+    "   three   gaps  \t\t tabs \u00a0\u00a0 x   ",
+    "\r\n\r\n\n\r \r \n x\r\n  \r\n\t\n y \n\n  ",
+    "!?\r\n\n... \r\n ,,\n a!b\n!c",
+    "I'm you're he's WE'VE I'LL don'T 'Sblood ''ll 'v 'ſ 'ſt d'\u212a l'été '' '",
+    "\x00\x01\x02\x7f\x1b[0m\x00a\x00\u0600\ue000\U0010ffff",
+    "1 12 123 1234 12345 1,234.5 a1b22c333 ٣٣٣٣٣",
+    "x" * 300 + " " * 300 + "9" * 301 + "!" * 300 + "\n" * 300 + "\t" * 300 + "é" * 300,
+    "<|bos|> <|endoftext|> <|user_start|>hi<|user_end|>",
+    "def f(x):\n    return x**2  # ok\n\n\nif __name__ == '__main__':\n\tprint(f(3))\n",
+]
+
+
+def train(texts=CORPUS, vocab=400, specials=("<|bos|>", "<|end|>"), **kw):
+    return Tokenizer.train(texts, vocab, list(specials), **kw)
+
+
+def char_class(test):
+    """A class for `re`, which has no \\p{L}: the code points that pass, as ranges."""
+    points = [c for c in range(sys.maxunicode + 1) if test(unicodedata.category(chr(c)))]
+    starts = [c for i, c in enumerate(points) if i == 0 or points[i - 1] != c - 1]
+    ends = [c for i, c in enumerate(points) if i == len(points) - 1 or points[i + 1] != c + 1]
+    return "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(starts, ends))
+
+
+L, N = char_class(lambda c: c[0] == "L"), char_class(lambda c: c[0] == "N")
+S = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space
+REFERENCE_SPLIT = re.compile(
+    f"'(?i:[sdmt]|ll|ve|re)|[^\\r\\n{L}{N}]?[{L}]+|[{N}]{{1,2}}| ?[^{S}{L}{N}]+[\\r\\n]*"
+    f"|[{S}]*[\\r\\n]|[{S}]+(?![^{S}])|[{S}]+"
+)
+
+
+def reference_merge(word, pair, new):
+    """reference_merge([1, 1, 1, 2], (1, 1), 9) == [9, 1, 2]"""
+    out, i = [], 0
+    while i < len(word):
+        hit = tuple(word[i : i + 2]) == pair
+        out.append(new if hit else word[i])
+        i += 2 if hit else 1
+    return out
+
+
+def reference_train(counts, merges):
+    """BPE by the book: recount all pairs, merge the best everywhere. counts: {piece: count} -> token bytes"""
+    words = {piece: list(piece.encode()) for piece in counts}
+    tokens = [bytes([b]) for b in range(256)]
+    for _ in range(merges):
+        pairs = collections.Counter()
+        for piece, word in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += counts[piece]
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        words = {p: reference_merge(w, best, len(tokens)) for p, w in words.items()}
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+    return tokens
+
+
+def reference_encode(piece, ranks):
+    parts = [bytes([b]) for b in piece.encode()]
+    while True:
+        joined = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]
+        if not joined:
+            return [ranks[part] for part in parts]
+        i = min(joined)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def ranks_of(t):
+    return {t.token_bytes(i): i for i in range(t.vocab_size - len(t.special_tokens))}
+
+
+def random_text(rng, n):
+    pools = ["ab", "the cat's", " \n\r\t\u00a0\u3000", "0123٣½", "'sSlLdmtTvVeErRſ", "!?.,-", "éß漢字かไทย", "👩\u200d👧\u0301"]
+    return "".join(rng.choice(rng.choice(pools)) for _ in range(n))
+
+
+def test_split_equals_python_re():
+    t, rng = train(vocab=258), random.Random(0)
+    for text in NASTY + CORPUS + [random_text(rng, 60) for _ in range(2000)]:
+        assert t.split(text) == REFERENCE_SPLIT.findall(text)
+
+
+def test_split_by_hand_equals_regex():
+    by_hand, by_regex = train(vocab=258), train(vocab=258, pattern=f"(?:{tok.PATTERN})")
+    rng = random.Random(1)
+    anything = ["".join(map(chr, rng.choices([*range(0xD800), *range(0xE000, 0x20000)], k=50))) for _ in range(500)]
+    for text in NASTY + anything + [random_text(rng, 60) for _ in range(2000)]:
+        assert by_hand.split(text) == by_regex.split(text)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_merges_equal_reference(seed):
+    rng = random.Random(seed)
+    alphabet = ["ab", "abc ", "aaab\n", "the quick", "漢字かな ", "xyz0123 '!"][seed % 6]
+    texts = ["".join(rng.choices(alphabet, k=rng.randint(0, 80))) for _ in range(12)] + ["a" * 13, "abab" * 5]
+    counts = collections.Counter(piece for text in texts for piece in REFERENCE_SPLIT.findall(text))
+    tokens = reference_train(counts, 60)
+    t = Tokenizer.train(iter(texts), len(tokens) + 1, ["<|bos|>"])
+    assert [t.token_bytes(i) for i in range(len(tokens))] == tokens
+
+
+@pytest.mark.parametrize("text", ["a", "abab", "ababababab", "aaaaaaaaaaa", "abcabcab cab", "mississippi"])
+def test_merges_end_where_the_reference_ends(text):
+    pieces = collections.Counter(REFERENCE_SPLIT.findall(text))
+    n = len(reference_train(pieces, 99))
+    assert Tokenizer.train([text], n, []).vocab_size == n
+    with pytest.raises(ValueError, match=f"gives only {n - 256} merges.*{n} at most"):
+        Tokenizer.train([text], n + 1, [])
+
+
+def test_example_in_the_manual():
+    t = Tokenizer.train(["abab abac"], 258, [])
+    assert (t.token_bytes(256), t.token_bytes(257), t.encode("abac")) == (b"ab", b" ab", [256, 97, 99])
+
+
+def test_ties_go_to_the_smallest_pair():
+    t = Tokenizer.train(["dc", "ba", "ab", "cd"], 256 + 4, [])
+    assert [t.token_bytes(i) for i in range(256, 260)] == [b"ab", b"ba", b"cd", b"dc"]
+
+
+def test_counts_beyond_32_bits():
+    counts = {"ab": 2**32 + 1, "cd": 2**32 - 1, "ef": 2**33, "cdcd": 3}
+    t = Tokenizer._train_counts(counts, 256 + 4)
+    assert [t.token_bytes(i) for i in range(256, 260)] == reference_train(counts, 4)[256:]
+
+
+def test_encode_equals_reference():
+    t = train(vocab=420)
+    ranks, rng = ranks_of(t), random.Random(2)
+    for text in NASTY + CORPUS + [random_text(rng, 40) for _ in range(300)]:
+        expected = [i for piece in REFERENCE_SPLIT.findall(text) for i in reference_encode(piece, ranks)]
+        assert t.encode(text) == expected
+        assert t.decode(expected) == text
+
+
+@pytest.mark.parametrize("pattern", [tok.PATTERN, GPT2])
+def test_encode_equals_tiktoken(pattern):
+    tiktoken = pytest.importorskip("tiktoken")
+    t = train(vocab=420, pattern=pattern)
+    enc = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks_of(t), special_tokens={})
+    rng = random.Random(3)
+    for text in NASTY + CORPUS + [random_text(rng, 500) for _ in range(50)]:
+        assert t.encode(text) == enc.encode_ordinary(text)
+
+
+def write_ranks(folder, tokens, vocab_size, specials, pattern=tok.PATTERN):
+    folder.mkdir(exist_ok=True)
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in tokens.items()]
+    (folder / "ranks.tiktoken").write_text("".join(lines))
+    meta = {"pattern": pattern, "vocab_size": vocab_size, "special_tokens": specials}
+    (folder / "tokenizer.json").write_text(json.dumps(meta))
+
+
+def test_foreign_ranks_with_gaps(tmp_path):
+    """Ids of bytes in another order, gaps, and ranks that no training would give: as tiktoken merges them."""
+    rng = random.Random(4)
+    tokens = {bytes([b]) for b in range(256)}
+    tokens |= {bytes(rng.choices(b"abc", k=rng.randint(2, 6))) for _ in range(120)}
+    ranks = dict(zip(sorted(tokens), rng.sample(range(700), len(tokens))))
+    write_ranks(tmp_path, ranks, 702, ["<|x|>", "<|y|>"])
+    t = Tokenizer.load(tmp_path)
+    assert t.special_tokens == ["<|x|>", "<|y|>"] and t.special("<|y|>") == 701
+    for n in [1, 5, 20, 63, 64, 65, 66, 200, 400] * 10:
+        text = "".join(rng.choices("abc", k=n))
+        whole = text.encode() in ranks  # a piece that is a token is that token, as in tiktoken
+        assert t.encode(text) == ([ranks[text.encode()]] if whole else reference_encode(text, ranks))
+    gap = next(i for i in range(700) if i not in ranks.values())
+    with pytest.raises(ValueError, match=f"id {gap} is in a gap"):
+        t.decode([gap])
+
+
+def test_text_never_encodes_to_a_special_token():
+    t = train()
+    for name in t.special_tokens:
+        ids = t.encode(name)
+        assert max(ids) < t.special("<|bos|>") and t.decode(ids) == name
+    assert [t.special(name) for name in t.special_tokens] == [t.vocab_size - 2, t.vocab_size - 1]
+    assert t.decode([t.special("<|end|>"), 255, 65]) == "<|end|>\ufffdA"
+    with pytest.raises(KeyError, match=r"no special token <\|eos\|>.*<\|bos\|> <\|end\|>"):
+        t.special("<|eos|>")
+
+
+@pytest.mark.parametrize("pattern", [tok.PATTERN, GPT2])
+def test_save_and_load(tmp_path, pattern):
+    t = train(pattern=pattern)
+    t.save(tmp_path / "new" / "folder")
+    u = Tokenizer.load(str(tmp_path / "new" / "folder"))
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["ranks.tiktoken", "tokenizer.json"]
+    assert (u.pattern, u.vocab_size, u.special_tokens) == (pattern, 400, ["<|bos|>", "<|end|>"])
+    assert all(u.token_bytes(i) == t.token_bytes(i) for i in range(400))
+    assert all(u.encode(text) == t.encode(text) for text in NASTY + CORPUS)
+
+
+def test_load_renames_special_tokens(tmp_path):
+    train(specials=["z", "a"]).save(tmp_path)
+    t = Tokenizer.load(tmp_path, special_tokens=["<|1|>", "<|2|>"])
+    assert t.special_tokens == ["<|1|>", "<|2|>"] and t.decode([399]) == "<|2|>"
+    with pytest.raises(ValueError, match="1 names"):
+        Tokenizer.load(tmp_path, special_tokens=["<|1|>"])
+    with pytest.raises(ValueError, match="distinct"):
+        Tokenizer.load(tmp_path, special_tokens=["same", "same"])
+
+
+def damage_line(n, line):
+    return lambda lines: lines[: n - 1] + [line] + lines[n:]
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damage_line(300, "not base64! 299"), "line 300"),
+        (damage_line(300, "YWI="), "line 300"),
+        (damage_line(300, "YWI= -1"), "line 300"),
+        (damage_line(300, "YWI= 4294967999"), "line 300: rank 4294967999"),
+        (damage_line(300, " 299"), "line 300"),
+        (damage_line(300, "\u00ff\u00fe 299"), "line 300"),
+        (damage_line(300, "YQ== 299"), "line 300: this token has rank 97"),
+        (damage_line(300, "enp6enp6 298"), "line 300: rank 298 stands"),
+        (damage_line(300, "enp6enp6 399"), "id 399: the id is taken"),
+        (lambda lines: lines[:350], "line 350: the file ends here"),
+        (lambda lines: lines[1:], "ranks.tiktoken"),
+    ],
+)
+def test_damaged_ranks_are_refused(tmp_path, damage, message):
+    train().save(tmp_path)
+    path = tmp_path / "ranks.tiktoken"
+    path.write_text("".join(line + "\n" for line in damage(path.read_text().splitlines())))
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text[:40], "line"),
+        (lambda text: text.replace('"vocab_size": 400', '"vocab_size": 300'), "line 301: rank 300"),
+        (lambda text: text.replace('"vocab_size": 400', '"vocab_size": 4000000000'), "vocab_size"),
+        (lambda text: text.replace('"pattern"', '"pat"'), "pattern"),
+        (lambda text: text.replace(r"\\p{L}", r"\\p{L"), "pattern"),
+        (lambda text: text.replace(": 398,\n    ", ": 5,\n    "), "id 5: the id is taken"),
+        (lambda text: text.replace("399", '"x"'), "special_tokens"),
+    ],
+)
+def test_damaged_meta_is_refused(tmp_path, change, message):
+    train().save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    train().save(tmp_path)
+    (tmp_path / "ranks.tiktoken").unlink()
+    with pytest.raises(FileNotFoundError, match="ranks.tiktoken"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3, 10**9])
+def test_encode_batch_equals_encode(threads):
+    t = train()
+    texts = (NASTY + CORPUS) * 20
+    ids, offsets = t.encode_batch(iter(texts), num_threads=threads)
+    ids, offsets = np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64)
+    assert len(offsets) == len(texts) + 1 and offsets[0] == 0 and offsets[-1] == len(ids)
+    for i, text in enumerate(texts):
+        assert ids[offsets[i] : offsets[i + 1]].tolist() == t.encode(text)
+    ids, offsets = t.encode_batch([], threads)
+    assert len(ids) == 0 and bytes(offsets) == bytes(8)
+
+
+WORST = {
+    "one letter": "a" * 10**6,
+    "random letters": "".join(random.Random(5).choices("abcdefghijklmnopqrstuvwxyz", k=10**6)),
+    "spaces": " " * 10**6 + "x",
+    "line ends": "\r\n" * (5 * 10**5),
+    "digits": "7" * 10**6,
+    "punctuation": "!" * 10**6,
+    "contractions": "'s" * (5 * 10**5),
+}
+
+
+@pytest.fixture(scope="module", params=[tok.PATTERN, GPT2], ids=["default", "gpt2"])
+def realistic(request):
+    """A vocabulary in which long runs merge many times over."""
+    words = "".join(random.Random(6).choices("abcdefghijklmnopqrstuvwxyz", k=30000))
+    runs = [c * 600 for c in "a !7"] + ["\r\n" * 300]
+    return Tokenizer.train([words] + runs * 9, 4096, [], request.param)
+
+
+@pytest.mark.parametrize("name", WORST)
+def test_worst_cases_take_no_quadratic_time(realistic, name):
+    start = time.process_time()  # of the CPU: a busy machine must not fail this
+    ids = realistic.encode(WORST[name])
+    seconds = time.process_time() - start
+    assert realistic.decode(ids) == WORST[name]
+    assert seconds < 1  # about 0.2 s; a quadratic way takes minutes
+
+
+def test_a_run_longer_than_the_regex_stack():
+    t = train(pattern=GPT2)
+    text = " " * 1_500_000 + "x"
+    assert t.decode(t.encode(text)) == text
+
+
+def test_pattern_that_skips_text_loses_none():
+    t = Tokenizer.train(["a-b"], 256, [], pattern=r"[a-z]|x*")
+    assert "".join(t.split("a--b é c")) == "a--b é c" and t.decode(t.encode("a--b é c")) == "a--b é c"
+
+
+def test_fuzz_roundtrip():
+    t, rng = train(vocab=420), random.Random(7)
+    points = [*range(0x100), *range(0x300, 0x3000, 7), *range(0x4E00, 0x4E80), *range(0x1F300, 0x1F700), 0x10FFFF]
+    for _ in range(3000):
+        text = "".join(map(chr, rng.choices(points, k=rng.randint(0, 40)))) + random_text(rng, rng.randint(0, 20))
+        assert t.decode(t.encode(text)) == text
+
+
+def test_lone_surrogates_are_refused():
+    t = train()
+    with pytest.raises(ValueError, match="surrogates"):
+        t.encode("a\ud800b")
+    with pytest.raises(ValueError, match="item 1.*surrogates"):
+        t.encode_batch(["fine", "a\udc80"])
+    with pytest.raises(ValueError, match="item 1.*surrogates"):
+        train(["fine", "a\udc80"])
+
+
+def test_bad_training_arguments():
+    for vocab in (-1, 0, 256, 257, 2**40):
+        with pytest.raises(ValueError, match=f"vocab_size is {vocab}"):
+            train(vocab=vocab)
+    with pytest.raises(ValueError, match="gives only 0 merges.*258 at most"):
+        train([], 259)
+    assert train([], 258).encode("hi") == [104, 105]
+    with pytest.raises(ValueError, match="gives only 2 merges.*260 at most"):
+        train(["abc"], 300)
+    with pytest.raises(ValueError, match="distinct"):
+        train(specials=["<|a|>", "<|a|>"])
+    with pytest.raises(ValueError, match="pattern"):
+        train(pattern="(")
+
+
+def test_items_that_are_not_text():
+    t = train()
+    for call in (train, t.encode_batch):
+        with pytest.raises(TypeError, match="item 1 .*int"):
+            call(["fine", 7])
+        with pytest.raises(TypeError, match="not one"):
+            call("a string by mistake")
+        with pytest.raises(TypeError):
+            call(7)
+    with pytest.raises(TypeError):
+        t.encode(b"bytes")
+
+
+def test_training_can_be_interrupted():
+    def stop(signum, frame):
+        raise TimeoutError
+
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(TimeoutError):
+            train(itertools.repeat("no end of text " * 10000))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def test_an_error_in_the_iterator_comes_through():
+    def texts():
+        yield "fine"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(texts())
+
+
+def test_ids_out_of_range():
+    t = train()
+    for bad in (-1, 400, 2**32, 2**70):
+        with pytest.raises(ValueError, match=f"id {bad} is outside the vocabulary of 400"):
+            t.decode([65, bad])
+        with pytest.raises(ValueError, match="outside"):
+            t.token_bytes(bad)
+    with pytest.raises(TypeError):
+        t.decode(["65"])
+    assert t.decode(np.array([72, 105], np.uint16)) == "Hi"
+    assert t.decode([0xE4, 0xB8]) == "\ufffd"  # a cut character
+
+
+# -----------------------------------------------------------------------------
+# Config override
+
+
+@dataclasses.dataclass
+class Knobs:
+    depth: int = 4  # how deep
+    rate: float = 0.1  # how fast
+    name: str = ""  # what it is called
+    fresh: bool = False  # start over
+    from_: str = ""  # where from
+
+
+def test_override_fills_types():
+    cfg = gpt.override(Knobs(), ["--depth=6", "--rate=1e-3", "--name=a=b", "--fresh", "--from=x"])
+    assert (cfg.depth, cfg.rate, cfg.name, cfg.fresh, cfg.from_) == (6, 1e-3, "a=b", True, "x")
+
+
+@pytest.mark.parametrize("arg", ["--dept=6", "--depth=six", "--depth", "--rate=nan", "--fresh=maybe", "depth=6", "--depth=1.5"])
+def test_override_refuses_and_names_the_knob(arg):
+    with pytest.raises(SystemExit) as error:
+        gpt.override(Knobs(), [arg])
+    assert re.search("depth|rate|fresh", str(error.value)) and "\n" not in str(error.value)
+
+
+def test_help_prints_every_knob(capsys):
+    with pytest.raises(SystemExit) as error:
+        gpt.override(Knobs(), ["--help"], "the manual")
+    printed = capsys.readouterr().out
+    assert error.value.code == 0 and "the manual" in printed and "depth: int = 4  # how deep" in printed
+
+
+# -----------------------------------------------------------------------------
+# Model
+
+
+def plain_attention(q, k, v, window):
+    """Causal windowed attention spelt out. q (B, H, T, D), k and v (B, G, T, D)."""
+    B, H, T, D = q.shape
+    y = torch.zeros_like(q)
+    for h in range(H):
+        g = h // (H // k.size(1))
+        for t in range(T):
+            past = slice(max(0, t - window + 1), t + 1)
+            p = torch.softmax(torch.einsum("bd,bsd->bs", q[:, h, t], k[:, g, past]) / D**0.5, -1)
+            y[:, h, t] = torch.einsum("bs,bsd->bd", p, v[:, g, past])
+    return y
+
+
+@pytest.mark.parametrize("window", ["S", "L"])
+def test_attention_equals_plain_reference(window, monkeypatch):
+    model = small(window_pattern=window)
+    ids = torch.randint(300, (2, 64))
+    want = model(ids)
+
+    def plain(q, k, v, mask=None, is_causal=False):
+        return plain_attention(q, k, v, 32 if mask is not None else 64)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", plain)
+    assert (model(ids) - want).abs().max() < 1e-4
+
+
+def test_model_is_causal():
+    model = small()
+    a = torch.randint(300, (1, 64))
+    b = a.clone()
+    b[0, 40:] = torch.randint(300, (24,))
+    assert torch.equal(model(a)[:, :40], model(b)[:, :40]) and not torch.equal(model(a)[:, 40:], model(b)[:, 40:])
+
+
+def test_init_on_meta_equals_direct():
+    cfg = GPTConfig(300, 64, 2, 64, 4, 4)
+    with torch.device("meta"):
+        model = GPT(cfg)
+    model = model.to_empty(device="cpu").init(3)
+    assert same(model.state_dict(), GPT(cfg).init(3).state_dict())
+    ids = torch.randint(300, (1, 64))
+    assert torch.equal(model(ids), GPT(cfg).init(3)(ids))
+
+
+def test_loss_is_cross_entropy_and_ignores_the_unsupervised():
+    model = small()
+    ids, targets = torch.randint(300, (2, 10)), torch.randint(300, (2, 10))
+    targets[0, :4] = -1
+    loss = model(ids, targets)
+    want = -torch.log_softmax(model(ids), -1).gather(2, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)
+    assert (loss - want).abs().max() < 1e-5 and loss[0, :4].eq(0).all()
+
+
+def test_nothing_supervised_is_zero_not_nan():
+    model = small()
+    loss = model(torch.randint(300, (2, 10)), torch.full((2, 10), -1)).sum()
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is None or p.grad.eq(0).all() for p in model.parameters())
+
+
+def test_padding_is_never_sampled():
+    assert small(vocab_size=290)(torch.randint(290, (1, 4))).size(-1) == 290
+
+
+def test_dial():
+    small_, large = GPTConfig.from_depth(4, 100, 64), GPTConfig.from_depth(20, 100, 64)
+    assert (small_.width, small_.heads, large.width, large.heads) == (256, 4, 1280, 10)
+    assert GPTConfig.from_depth(13, 100, 64).width == 896  # a multiple of the head size
+    assert GPTConfig.from_depth(4, 100, 64, kv_heads=1).kv_heads == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_cached_equals_uncached_beyond_the_window(device, kv_heads):
+    model = small(kv_heads=kv_heads).to(device)
+    ids = torch.randint(300, (2, 64), device=device)
+    cache, got = KVCache(model.cfg, 2, device=device), []
+    with torch.inference_mode():
+        for t in [0, 7, 8, 9, 40, *range(41, 64)]:  # prefill in uneven chunks, then token by token
+            stop = {0: 7, 7: 8, 8: 9, 9: 40}.get(t, t + 1)
+            cache.span = stop
+            got.append(model(ids[:, t:stop], cache=cache, pos=torch.tensor([t, t], device=device)))
+        assert (torch.cat(got, 1) - model(ids)).abs().max() < 1e-4
+
+
+def test_ragged_batch_equals_singles():
+    model = small()
+    rows = [torch.randint(300, (n,)) for n in (5, 30, 17)]
+    cache = KVCache(model.cfg, 4)
+    cache.rows = torch.tensor([2, 0, 3])
+    with torch.inference_mode():
+        padded = torch.stack([F.pad(r, (0, 30 - len(r))) for r in rows])
+        model(padded, cache=cache, pos=torch.zeros(3, dtype=torch.long))
+        new = torch.randint(300, (3, 1))
+        both = model(new, cache=cache, pos=torch.tensor([5, 30, 17]))
+        for i, row in enumerate(rows):
+            alone = model(torch.cat([row, new[i]])[None])[0, -1]
+            assert (both[i, 0] - alone).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("cuts", [[4], [2, 2], [1, 1, 1, 1]])
+def test_micro_batches_give_the_same_gradient(cuts):
+    ids, targets = torch.randint(300, (4, 20)), torch.randint(300, (4, 20))
+    for i in range(4):
+        targets[i, : 5 * i] = -1  # uneven masks
+    count, grads = (targets >= 0).sum(), []
+    for split in ([4], cuts):
+        model = small()
+        for x, y in zip(ids.split(split), targets.split(split)):
+            (model(x, y).sum() / count).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (grads[0] - grads[1]).abs().max() < 1e-6
+
+
+# -----------------------------------------------------------------------------
+# Optimizer
+
+
+def adam_group(params, **changes):
+    return {"kind": "adamw", "params": params, "lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-2, "weight_decay": 0.01, **changes}
+
+
+def test_adamw_equals_torch():
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.Parameter(torch.randn(7, 3)), torch.nn.Parameter(torch.empty(7, 3))
+    theirs.data.copy_(ours.data)
+    a, b = optim.MuonAdamW([adam_group([ours])]), torch.optim.AdamW([theirs], 0.1, (0.9, 0.99), 1e-2, 0.01)
+    for _ in range(10):
+        ours.grad = torch.randn(7, 3)
+        theirs.grad = ours.grad.clone()
+        a.step()
+        b.step()
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 32), (32, 8), (1, 5), (5, 1)])
+def test_muon_orthogonalises(shape):
+    g = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    U, S, V = torch.linalg.svd(g, full_matrices=False)
+    x = optim.orthogonalise(g)
+    assert (torch.linalg.svdvals(x) - 1).abs().max() < 0.15
+    assert torch.cosine_similarity(x.flatten(1), (U @ V).flatten(1)).min() > 0.98  # near the true polar factor
+    assert torch.equal(optim.orthogonalise(torch.zeros(1, *shape)), torch.zeros(1, *shape))
+
+
+def test_small_updates_are_not_swallowed():
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = optim.MuonAdamW([adam_group([p], lr=1e-6, weight_decay=0.0)])
+    for _ in range(1000):
+        p.grad = torch.ones(4)
+        optimizer.step()
+    assert ((1 - p) > 5e-4).all()
+
+
+def test_rate_set_after_load_holds():
+    p = torch.nn.Parameter(torch.zeros(4))
+    first = optim.MuonAdamW([adam_group([p])])
+    p.grad = torch.ones(4)
+    first.step()
+    second = optim.MuonAdamW([adam_group([p], lr=0.0, weight_decay=0.0)])
+    second.load([first.shard()])
+    before = p.detach().clone()
+    second.step()
+    assert torch.equal(p, before) and second.steps == 2
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+import optim
+from gpt import start_machine
+machine = start_machine("cpu", threads=1)
+torch.manual_seed(0)
+shapes = [(1,), (7,), (5, 3)], [(6, 4)] * 3 + [(4, 6)]
+vectors, matrices = ([torch.nn.Parameter(torch.randn(s)) for s in group] for group in shapes)
+adam = dict(kind="adamw", params=vectors, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01)
+make = lambda: optim.MuonAdamW([adam, dict(kind="muon", params=matrices, lr=0.1, momentum=0.9, weight_decay=0.01)], machine.rank, machine.world)
+optimizer = make()
+for step in range(6):
+    if step == 3:  # through a save and a load
+        shards = machine.gather(optimizer.shard())
+        optimizer = make()
+        optimizer.load(shards)
+    torch.manual_seed(step)
+    for p in vectors + matrices:
+        p.grad = torch.randn(p.shape)  # the sum over ranks has to be this
+        if machine.world > 1:
+            parts = torch.randn(machine.world, *p.shape)
+            p.grad = parts[machine.rank] if machine.rank else p.grad - parts[1:].sum(0)
+        else:
+            torch.randn(WORLD, *p.shape)
+    optimizer.step()
+torch.save([p.data for p in vectors + matrices], sys.argv[1] + str(machine.rank))
+"""
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_sharded_optimizer_equals_one_process(world, tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED.replace("WORLD", str(world)))
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    subprocess.run([sys.executable, script, tmp_path / "one"], check=True, env=env)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", script]
+    subprocess.run([*launch, tmp_path / "many"], check=True, env=env, capture_output=True)
+    want = torch.load(tmp_path / "one0")
+    for rank in range(world):
+        for a, b in zip(want, torch.load(tmp_path / f"many{rank}")):
+            assert (a - b).abs().max() < 1e-5
+
+
+# -----------------------------------------------------------------------------
+# Data
+
+
+def documents_of(lengths, bos=999):
+    """An array of documents of these lengths, bos included, whose other tokens count upwards."""
+    parts, n = [], 0
+    for length in lengths:
+        parts.append(np.concatenate([[bos], np.arange(n, n + length - 1)]))
+        n += length - 1
+    return np.concatenate(parts).astype(np.int64)
+
+
+def test_packing_loses_little_and_cuts_few():
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.integers(2, 120, 3000), rng.integers(200, 3000, 60)])
+    tokens = documents_of(lengths, bos=10**6)
+    shards = data.TokenSet([tokens], 10**6)
+    dropped, empty, cut = shards.loss(256)
+    assert dropped < 0.01 and empty < 0.001 and cut < 0.15
+    seen = np.concatenate([shards.row(0, i, 256, 0)[0] for i in range(shards.rows(256, 0))])
+    body = seen[seen != 10**6]
+    assert len(np.unique(body)) == len(body) and len(body) > 0.99 * (tokens != 10**6).sum()  # nothing twice
+    assert all(shards.row(0, i, 256, 0)[0][0] == 10**6 for i in range(50))  # rows start at bos
+
+
+def test_validation_predicts_every_token_once():
+    tokens = documents_of([3, 500, 40, 64, 65, 2, 1000], bos=9999)
+    val = data.TokenSet([tokens], 9999, whole=True)
+    rows = val.rows(64, 0)
+    _, targets = data.batch(val, rows + 3, 64, 0, 0)
+    got = targets[(targets >= 0) & (targets != 9999)].numpy()
+    assert sorted(got) == sorted(tokens[tokens != 9999])
+
+
+def test_batches_are_a_pure_function_and_ranks_share_them():
+    shards = data.TokenSet([documents_of(np.random.default_rng(1).integers(2, 90, 300), 5000)] * 2, 5000)
+    whole = data.batch(shards, 8, 64, 3, 11)
+    assert all(torch.equal(a, b) for a, b in zip(whole, data.batch(shards, 8, 64, 3, 11)))
+    for world in (2, 3):
+        parts = [data.batch(shards, 8, 64, 3, 11, r, world) for r in range(world)]
+        assert torch.equal(torch.cat([p[0] for p in parts]), whole[0]) and torch.equal(torch.cat([p[1] for p in parts]), whole[1])
+    assert not torch.equal(whole[0], data.batch(shards, 8, 64, 4, 11)[0])  # another seed
+
+
+def test_three_epochs_of_a_tiny_file():
+    shards = data.TokenSet([documents_of([5, 9, 30, 4], 5000)], 5000)
+    rows = [data.batch(shards, 1, 16, 0, step)[0] for step in range(9)]
+    assert len(rows) == 9 and shards.rows(16, 0) == 2
+    lone = data.TokenSet([documents_of([3], 5000)], 5000)
+    assert data.batch(lone, 2, 16, 0, 5)[1].ge(0).sum() == 4  # two rows with two targets each
+
+
+def test_training_shards_do_not_move_validation(tmp_path, tokenizer):
+    texts = data.demo_texts(1)[:1500]
+    held = [t for t in texts if data.is_held_out(t)]
+    assert 3 < len(held) < 50 and held == [t for t in texts + ["more", "and more"] if data.is_held_out(t)]
+
+
+def test_shards_hold_equal_numbers_and_refuse_strangers(tmp_path, tokenizer):
+    texts = data.demo_texts(1)[:400]
+    data.write_shards(tmp_path, "train", tokenizer, "ab" * 32, texts, most=3000)
+    paths = sorted(tmp_path.glob("train_*.bin"))
+    shards = [data.open_shard(p, "ab" * 32) for p in paths]
+    bos = tokenizer.special("<|bos|>")
+    assert len(paths) > 3 and len({len(s) for s in shards}) == 1 and all(s[0] == bos for s in shards)
+    want = sum(len(tokenizer.encode(t)) for t in texts)
+    assert abs(sum((s != bos).sum() for s in shards) - want) < 3 * len(paths)
+    with pytest.raises(SystemExit, match="another tokenizer"):
+        data.open_shard(paths[0], "cd" * 32)
+    paths[1].write_bytes(paths[1].read_bytes()[:-7])
+    with pytest.raises(SystemExit, match="damaged"):
+        data.open_shard(paths[1], "ab" * 32)
+
+
+def test_reading_documents(tmp_path):
+    import gzip
+
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two")
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n\n{"text": "four"}\n')
+    (tmp_path / "c.json").write_text('[{"text": "five"}]')
+    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as f:
+        f.write('{"text": "six"}\n')
+    (tmp_path / "e.md").write_text("not this")
+    assert sorted(data.read_documents(tmp_path)) == ["five", "four", "one", "six", "three", "two"]
+    assert len(list(data.read_documents(tmp_path, limit=3))) == 3
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', "line 2.*`text`"),
+        ("a.jsonl", b'{"text": "x"\n', "line 1"),
+        ("a.json", b"[1", "not JSON"),
+        ("a.txt", b"\xff\xfe", "UTF-8"),
+        ("a.txt", b"", "no text"),
+        ("a.txt.gz", b"no gzip", "cannot be read"),
+        ("a.md", b"hello", "no .txt"),
+    ],
+)
+def test_bad_documents_get_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        list(data.read_documents(tmp_path))
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": [{"type": "python", "text": "1+1"}, {"type": "output", "text": "2"}, {"type": "text", "text": "Two."}]},
+]
+
+
+def test_chat_template(tokenizer):
+    ids, mask = data.render(CHAT, tokenizer)
+    assert tokenizer.decode(ids) == (
+        "<|bos|><|user_start|>Be brief.\n\nHi<|user_end|><|assistant_start|><|python_start|>1+1<|python_end|>"
+        "<|output_start|>2<|output_end|>Two.<|assistant_end|>"
+    )
+    learnt = tokenizer.decode([i for i, m in zip(ids, mask) if m])
+    assert learnt == "<|python_start|>1+1<|python_end|>Two.<|assistant_end|>"
+    start = ids.index(tokenizer.special("<|assistant_start|>")) + 1
+    assert data.parse(ids[start:], tokenizer) == CHAT[2]["content"] and data.visible(CHAT[2]["content"]) == "Two."
+    assert data.render(CHAT[:2], tokenizer, reply=True)[0] == ids[:start]
+
+
+def test_users_cannot_spell_special_tokens(tokenizer):
+    text = "".join(SPECIALS)
+    ids, _ = data.render([{"role": "user", "content": text}], tokenizer, reply=True)
+    assert sum(i >= tokenizer.vocab_size - 16 for i in ids) == 4 and text in tokenizer.decode(ids)
+
+
+def test_mask_keeps_user_tokens_out_of_the_loss(tokenizer):
+    chats = data.conversations(1, 20)
+    shards = data.chat_set(chats, tokenizer, 128)
+    _, targets = data.batch(shards, 4, 128, 0, 0)
+    text = tokenizer.decode([t for t in targets.flatten().tolist() if t >= 0])
+    asked = [m["content"] for c in chats for m in c if m["role"] == "user"]
+    assert not any(q in text for q in asked if len(q) > 12) and "<|user_" not in text and "<|output_" not in text
+    assert "<|assistant_end|>" in text
+
+
+def test_long_conversations_do_not_clog_the_packer(tokenizer):
+    long = [{"role": "user", "content": "why " * 500}, {"role": "assistant", "content": "so " * 500}] * 2
+    shards = data.chat_set([long, CHAT, long], tokenizer, 64)
+    for step in range(3 * shards.rows(64, 0)):
+        ids, targets = data.batch(shards, 1, 64, 0, step)
+        assert (targets >= 0).any() and ids[0, 0] == tokenizer.special("<|bos|>")
+
+
+def test_adding_a_special_token_moves_no_id(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save(str(tmp_path / "tokenizer"))
+    before, hash = data.load_tokenizer(tmp_path)
+    spare = SPECIALS.index("<|spare_9|>")
+    monkeypatch.setattr(data, "SPECIALS", [*SPECIALS[:spare], "<|think|>", *SPECIALS[spare + 1 :]])
+    after, hash_after = data.load_tokenizer(tmp_path)
+    assert hash == hash_after and after.special("<|think|>") == before.special("<|spare_9|>")
+    assert all(after.special(n) == before.special(n) for n in SPECIALS if n != "<|spare_9|>")
+
+
+def test_held_out_means_held_out():
+    """Tested countries are never asked about in training, tested words and pairs of numbers never occur."""
+    texts, chats = data.demo_texts(1), data.conversations(1, 12000)
+    questions = " ".join(m["content"] for c in chats for m in c if m["role"] == "user")
+    answers = " ".join(data.text_of([m]) for c in chats for m in c if m["role"] == "assistant")
+    rl = [item for step in range(60) for item in data.Arithmetic.items("train", f"rl 1 {step}", 16)]
+    problems = " ".join(item["messages"][0]["content"] for item in rl)
+    everything = " ".join([*texts, questions, answers, problems])
+    words = set(re.findall(r"[a-z]+", everything))
+    pairs = {tuple(sorted(map(int, n))) for n in (re.findall(r"\d+", q) for q in re.split(r"(?<=[.?])\s(?=[A-Z])", questions + " " + problems)) if len(n) == 2}
+    pairs |= {tuple(sorted(map(int, m))) for m in re.findall(r"(\d+)[-+*/](\d+)", everything)}
+    for seed in range(3):
+        for item in data.Facts.items("test", seed, 300):
+            country = item["country"]
+            assert not re.search(rf"\b{country}\b", questions + answers), country
+        for item in data.Counting.items("test", seed, 300):
+            assert item["word"] not in words, item
+        for item in data.Arithmetic.items("test", seed, 300):
+            a, b = map(int, re.findall(r"\d+", item["messages"][0]["content"]))
+            assert tuple(sorted((a, b))) not in pairs, item
+    stated = " ".join(texts)
+    for (country, relation), value in data.FACTS.items():
+        assert re.search(rf"\b{country}\b", stated) and value in stated
+
+
+@pytest.mark.parametrize("name", list(data.TASKS))
+def test_graders_take_right_answers_only(name):
+    task = data.TASKS[name]
+    for item in task.items("train", 5, 50):
+        assert task.grade(item, f"The answer is {item['answer']}.") == 1
+        assert task.grade(item, "") == 0 and task.grade(item, "I do not know.") == 0
+        wrong = item["answer"] + 1 if isinstance(item["answer"], int) else "Atlantis"
+        assert task.grade(item, f"The answer is {wrong}.") == 0
+    assert task.items("train", 5, 9) == task.items("train", 5, 9) != task.items("train", 6, 9)
+
+
+def test_a_list_of_all_values_is_no_answer():
+    item = data.Facts.items("test", 0, 1)[0]
+    values = {v for (_, r), v in data.FACTS.items() if r == item["relation"]}
+    assert data.Facts.grade(item, ", ".join(sorted(values))) == 0
+
+
+# -----------------------------------------------------------------------------
+# Engine
+
+
+@pytest.fixture(scope="session")
+def chatty(tokenizer):
+    """A model over the tests' tokenizer whose next token depends on the whole text before it."""
+    return small(vocab_size=tokenizer.vocab_size, seq_len=96)
+
+
+def uncached(model, request):
+    """The greedy continuation of a request by full forward passes."""
+    ids = list(request.prompt)
+    for _ in request.ids:
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(request.prompt) :]
+
+
+@torch.inference_mode()
+def test_engine_equals_uncached(chatty, tokenizer):
+    engine = Engine(chatty, tokenizer, 3)  # fewer slots than requests: some wait, and slots are used again
+    prompts = [torch.randint(600, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 2, 40, 7, 23, 7)]
+    for request in engine.generate(prompts, Params(max_tokens=20, tools=False)):
+        assert request.ids == uncached(chatty, request) and len(request.logprobs) == len(request.ids)
+
+
+def test_a_request_does_not_depend_on_its_neighbours(chatty, tokenizer):
+    prompts = [list(range(5 + 3 * i)) for i in range(5)]
+    params = [Params(max_tokens=15 + i, temperature=1.0, top_k=20 * (i % 2), top_p=0.9 if i % 3 else 1.0, seed=i) for i in range(5)]
+    together = Engine(chatty, tokenizer, 4).generate(prompts, params)
+    for prompt, p, request in zip(prompts, params, together):
+        assert Engine(chatty, tokenizer, 1).generate([prompt], p)[0].ids == request.ids
+
+
+def test_samples_of_one_prompt_differ_and_follow_the_distribution(chatty, tokenizer):
+    flat = [Params(max_tokens=1, temperature=1.0, seed=s) for s in range(64)]
+    assert len({r.ids[0] for r in Engine(chatty, tokenizer, 16).generate([[1, 2, 3]] * 64, flat)}) > 1
+    draws = [uniform(seed, 7) for seed in range(4000)]
+    assert abs(np.mean(draws) - 0.5) < 0.02 and abs(np.mean(np.array(draws) < 0.1) - 0.1) < 0.02
+    assert abs(np.corrcoef(draws, [uniform(seed, 8) for seed in range(4000)])[0, 1]) < 0.06
+
+
+def test_top_k_and_top_p(chatty, tokenizer):
+    with torch.inference_mode():
+        order = chatty(torch.tensor([[1, 2, 3]]))[0, -1].argsort(descending=True).tolist()
+    engine = Engine(chatty, tokenizer, 32)
+    for params, allowed in ((dict(top_k=3), order[:3]), (dict(top_p=1e-9), order[:1])):
+        params = [Params(max_tokens=1, temperature=2.0, seed=s, **params) for s in range(32)]
+        assert {r.ids[0] for r in engine.generate([[1, 2, 3]] * 32, params)} <= set(allowed)
+
+
+def test_recorded_logprob_equals_scored(chatty, tokenizer):
+    request = Engine(chatty, tokenizer, 2).generate([[5, 6, 7]], Params(max_tokens=12, temperature=1.0, seed=3, tools=False))[0]
+    ids = torch.tensor([request.prompt + request.ids])
+    nats = chatty(ids[:, :-1], ids[:, 1:])[0, 2:]
+    assert (nats + torch.tensor(request.logprobs)).abs().max() < 1e-4
+
+
+class Scripted(torch.nn.Module):
+    """Stands in for a model: says what the script says, whatever it reads."""
+
+    def __init__(self, cfg, script, prompt):
+        super().__init__()
+        self.cfg, self.dtype, self.script, self.prompt = cfg, torch.float32, script, prompt
+        self.embed = torch.nn.Embedding(1, 1)
+
+    def forward(self, ids, cache=None, pos=None):
+        logits = torch.zeros(*ids.shape, self.cfg.vocab_size)
+        for b, p in enumerate(pos.tolist()):
+            at = p + ids.size(1) - self.prompt
+            logits[b, -1, self.script[at] if 0 <= at < len(self.script) else 0] = 9.0
+        return logits
+
+
+def test_tool_call_is_run_and_read(tokenizer):
+    s = tokenizer.special
+    tail = [*tokenizer.encode("Three."), s("<|assistant_end|>")]
+    call = [s("<|python_start|>"), *tokenizer.encode(' "strawberry".count("r")'), s("<|python_end|>")]
+    script = call + [0, 0, 0] + tail  # the three tokens of the output are forced, whatever the model would say
+    cfg = GPTConfig(tokenizer.vocab_size, 96, 1, 64, 1, 1)
+    request = Engine(Scripted(cfg, script, 2), tokenizer, 2).generate([[1, 2]], Params(max_tokens=60))[0]
+    assert data.parse(request.ids, tokenizer)[1] == {"type": "output", "text": "3"} and request.finish == "stop"
+    assert data.visible(data.parse(request.ids, tokenizer)) == "Three."
+    assert request.sampled == [True] * len(call) + [False] * 3 + [True] * len(tail)
+    assert "".join(t for k, t in Stream(tokenizer).new(request.ids) if k == "text") == "Three."
+
+
+def test_stream_never_shows_half_a_character(tokenizer):
+    stream, shown, ids = Stream(tokenizer), [], []
+    for id in tokenizer.encode("né 你好"):
+        ids.append(id)
+        shown += [t for _, t in stream.new(ids)]
+    assert "".join(shown) == "né 你好" and "\ufffd" not in "".join(shown)
+
+
+@pytest.mark.parametrize(
+    "expression, value",
+    [("1+2*3", "7"), ("84/12", "7"), ("7/2", "3.5"), ("2**10", "1024"), ("-(3-5)", "2"), ("7//2 + 7%2", "4"), ('"aabb".count("b")', "2"), (" 6*7", "42")],
+)
+def test_calculator(expression, value):
+    assert calculate(expression) == value
+
+
+ESCAPES = """__import__('os').system('true')|().__class__.__bases__[0]|"a".__class__|open("/etc/passwd")|9**9**9|2**100000|(-8)**0.5
+"a"*999999999|"{0.__class__}".format(1)|"a".count("a", 0)|"a".count(x="a")|[1][0]|lambda: 1|x|1 if 1 else 2|f"{1}"|10**15*10**15|1/0
+"abc".count(1)|1 .count("a")|1e308*10|True+1|"a".join("b")|exec("1")|0**-1|1<2|~1|1j*1j|(1).__add__(2)||""".replace("\n", "|").split("|")
+
+
+def test_calculator_refuses_escapes_fast():
+    start = time.time()
+    for expression in [*ESCAPES, "(" * 150 + "1" + ")" * 150, "-" * 190 + "1" + "+1" * 200, "9" * 201, "((((" * 40]:
+        assert calculate(expression) == "error", expression
+    assert time.time() - start < 1
+
+
+def test_calculator_runs_in_threads():
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(calculate, ["6*7", "1/0"] * 20)) == ["42", "error"] * 20
+
+
+def test_engine_refuses_what_it_cannot_read(chatty, tokenizer):
+    engine = Engine(chatty, tokenizer, 1)
+    for prompt in ([], [1] * 96):
+        with pytest.raises(ValueError):
+            engine.submit(prompt, Params())
+    full = engine.generate([[1] * 95], Params(max_tokens=50))[0]
+    assert full.finish in ("length", "stop") and len(full.ids) == 1
+    request = engine.submit([1, 2], Params(max_tokens=50))
+    engine.step()
+    engine.cancel(request)
+    assert engine.step() is False
+
+
+# -----------------------------------------------------------------------------
+# Evaluations
+
+
+def test_bits_per_byte_counts_bytes_not_tokens(tokenizer):
+    model = GPT(GPTConfig(tokenizer.vocab_size, 64, 1, 64, 1, 1)).init(1)
+    with torch.no_grad():
+        model.unembed.weight.zero_()  # every token equally likely: log2(V) bits each
+    texts = ["Hello there, 你好.", "one two three " * 40]
+    ids = np.concatenate([[tokenizer.special("<|bos|>"), *tokenizer.encode(t)] for t in texts])
+    val = data.TokenSet([ids], tokenizer.special("<|bos|>"), whole=True)
+    tokens, size = sum(len(tokenizer.encode(t)) for t in texts), sum(len(t.encode()) for t in texts)
+    want = tokens * math.log2(tokenizer.vocab_size) / size
+    assert abs(evals.bits_per_byte(model, tokenizer, val, CPU) - want) < 1e-4
+    assert abs(evals.bits_per_byte(model, tokenizer, val, CPU, micro_rows=3) - want) < 1e-4
+
+
+def test_report_escapes_and_stands_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"stage": "base", "step": i, "seconds": i, "loss": 5 - i}) + "\n" for i in range(4)))
+    evals.record(tmp_path, CPU, "base", {"bpb": 1.25, "accuracy/facts": 0.5, "n/facts": 10}, 60, {"facts": [("<script>?", "<b>", "x", 1.0)]})
+    page, report = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())
+    assert "<script" not in page and "&lt;script&gt;?" in page and "<polyline" in page and "http" not in page
+    assert report["stages"]["base"] == {"bpb": 1.25, "accuracy/facts": 0.5, "n/facts": 10} and report["seconds"]["base"] == 60
+
+
+# -----------------------------------------------------------------------------
+# Stages, as people run them
+
+
+def test_all_stages_run_and_report(tiny_run):
+    report = json.loads((tiny_run / "report.json").read_text())
+    assert set(report["stages"]) == {"base", "sft", "rl"} and 0 < report["stages"]["base"]["bpb"] < 20
+    assert report["stages"]["rl"]["n/arithmetic"] == 4 and (tiny_run / "report.html").stat().st_size > 3000
+    lines = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in lines if e["stage"] == "base" and "loss" in e] == list(range(8))  # exactly --steps updates
+    losses = [e["loss"] for e in lines if e["stage"] == "base" and "loss" in e]
+    assert losses[-1] < losses[0] - 0.3
+    printed = (tiny_run / "printed.txt").read_text()
+    assert "tokens/s" in printed and "min left" in printed and "bits per byte" in printed
+
+
+def test_a_complete_stage_is_left_alone(tiny_run):
+    before = (tiny_run / "metrics.jsonl").read_text()
+    for script, knobs in (("pretrain.py", TINY), ("sft.py", TINY_SFT), ("rl.py", TINY_RL)):
+        assert "is complete" in run(script, f"--out={tiny_run}", *knobs)[1]
+    assert (tiny_run / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_stopped_and_resumed_ends_with_the_same_bits(stage, tiny_run, tmp_path):
+    knobs = TINY_SFT if stage == "sft" else TINY_RL
+    for _ in range(2):
+        run(f"{stage}.py", f"--out={tmp_path}", f"--from={tiny_run}", *knobs, "--stop_after=2")
+    run(f"{stage}.py", f"--out={tmp_path}", f"--from={tiny_run}", *knobs)
+    assert same(weights(tmp_path / stage), weights(tiny_run / stage))
+
+
+def test_killed_compiled_run_resumes_to_the_same_bits(tiny_run, tmp_path):
+    """SIGKILL at a moment nobody chose, with the compiled model; metrics end without doubles."""
+    knobs = [*TINY, "--compile=1", "--steps=30", f"--from={tiny_run}"]
+    run("pretrain.py", f"--out={tmp_path / 'whole'}", *knobs)
+    cut = [sys.executable, "pretrain.py", f"--out={tmp_path / 'cut'}", *knobs]
+    process = subprocess.Popen(cut, cwd=HERE, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not gpt.latest(tmp_path / "cut" / "base"):
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(random.random() * 0.3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert int(gpt.latest(tmp_path / "cut" / "base").name[5:]) < 30  # it was cut short
+    printed = run("pretrain.py", f"--out={tmp_path / 'cut'}", *knobs)[1]
+    assert "going on from step" in printed
+    assert same(weights(tmp_path / "cut" / "base"), weights(tmp_path / "whole" / "base"))
+    steps = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in steps if "loss" in e] == list(range(30))
+
+
+def losses(out, stage="base"):
+    entries = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [e["loss"] for e in entries if e["stage"] == stage and "loss" in e]
+
+
+def test_two_ranks_equal_one(tiny_run, tmp_path):
+    run("pretrain.py", f"--out={tmp_path}", f"--from={tiny_run}", *TINY, ranks=2)
+    assert np.abs(np.subtract(losses(tmp_path), losses(tiny_run))).max() < 1e-4
+    one, two = (json.loads((d / "report.json").read_text())["stages"]["base"]["bpb"] for d in (tiny_run, tmp_path))
+    assert abs(one / two - 1) < 0.005
+    run("sft.py", f"--out={tmp_path}", f"--from={tiny_run}", *TINY_SFT, ranks=2)
+    assert np.abs(np.subtract(losses(tmp_path, "sft"), losses(tiny_run, "sft"))).max() < 1e-4
+
+
+def test_rl_on_two_ranks_takes_the_same_samples(tiny_run, tmp_path):
+    run("rl.py", f"--out={tmp_path}", f"--from={tiny_run}", *TINY_RL, ranks=2)
+    first = [next(json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines() if '"reward"' in line) for d in (tiny_run, tmp_path)]
+    assert first[0]["length"] == first[1]["length"] and abs(first[0]["entropy"] - first[1]["entropy"]) < 1e-4
+
+
+def test_another_config_stops_and_names_both_ways_out(tiny_run):
+    code, printed = run("pretrain.py", f"--out={tiny_run}", *TINY, "--depth=2", check=False)
+    assert code and "--out=" in printed and "--fresh" in printed and "depth=1 became 2" in printed and "Traceback" not in printed
+    assert gpt.latest(tiny_run / "base")
+
+
+def test_one_writer_a_folder(tiny_run):
+    import fcntl
+
+    with open(tiny_run / ".lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        code, printed = run("sft.py", f"--out={tiny_run}", *TINY_SFT, check=False)
+    assert code and "another run is writing" in printed and "Traceback" not in printed
+
+
+def test_stages_without_their_beginning_say_so(tmp_path):
+    for script in ("sft.py", "rl.py", "sample.py", "evals.py"):
+        code, printed = run(script, f"--out={tmp_path}", check=False)
+        assert code and "run.sh" in printed and "Traceback" not in printed
+
+
+def test_own_text(tmp_path):
+    (tmp_path / "book.txt").write_text("\n".join(f"Line {i} of a book about number {i * i}." for i in range(3000)))
+    run("pretrain.py", f"--out={tmp_path / 'out'}", f"--data={tmp_path / 'book.txt'}", *TINY, "--steps=3")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["stages"]["base"]["bpb"] > 0
+
+
+def test_terminal_answers_once(tiny_run):
+    assert run("sample.py", f"--out={tiny_run}", "-p", "Hello!", "--max_tokens=5", "--device=cpu")[0] == 0
+    assert run("evals.py", f"--out={tiny_run}", "--count=2", "--device=cpu")[0] == 0
+
+
+def test_learning_rates_go_up_and_down():
+    import pretrain
+    import sft
+
+    cfg = dataclasses.replace(pretrain.Config(), steps=100)
+    scales = [pretrain.lr_scale(s, cfg) for s in range(100)]
+    assert all(0 < s <= 1 for s in scales) and max(scales) == 1 and scales[-1] < scales[0] and scales[-1] < 0.1
+    scales = [sft.lr_scale(s, dataclasses.replace(sft.Config(), steps=100)) for s in range(100)]
+    assert all(0 < s <= 1 for s in scales) and scales == sorted(scales, reverse=True) and scales[-1] < 0.05
+
+
+def test_rl_rows_supervise_what_was_sampled_only(tokenizer):
+    import rl
+    from sample import Request
+
+    request = Request([1, 2, 3], Params(), ids=[4, 5, 6], sampled=[True, False, True])
+    ids, targets, advantages = rl.rows_of([(request, 1.0, 0.5)], "cpu")
+    assert ids.tolist() == [[1, 2, 3, 4, 5]] and targets.tolist() == [[-1, -1, 4, -1, 6]] and advantages.tolist() == [0.5]
+
+
+def test_rl_gradient_does_not_depend_on_micro_batches(chatty):
+    import rl
+    from sample import Request
+
+    rng = random.Random(0)
+    answers = []
+    for i in range(10):  # 10 in batches of 4 must be all 10
+        ids = [rng.randrange(600) for _ in range(3 + i)]
+        answers.append((Request([1, 2], Params(), ids=ids, sampled=[True] * len(ids)), 0.0, rng.uniform(-1, 1)))
+    grads = []
+    for size in (10, 4, 1):
+        chatty.zero_grad()
+        for i in range(0, 10, size):
+            ids, targets, advantages = rl.rows_of(answers[i : i + size], "cpu")
+            (advantages[:, None] * chatty(ids, targets)).sum().backward()
+        grads.append(chatty.unembed.weight.grad.clone())
+    chatty.zero_grad()
+    assert (grads[0] - grads[1]).abs().max() < 1e-4 and (grads[0] - grads[2]).abs().max() < 1e-4
