@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tok import PATTERN, Tokenizer
+from tok import Tokenizer
 
 from gpt import override, write_whole
 
@@ -55,6 +55,17 @@ def tokenizer_hash(out):
     config = json.loads((folder / "tokenizer.json").read_text())
     named = json.dumps([config["pattern"], config["vocab_size"]])
     return hashlib.sha256((folder / "ranks.tiktoken").read_bytes() + named.encode()).hexdigest()
+
+
+def adopt_tokenizer(cfg, machine):
+    """Copy the tokenizer of cfg.from_ to cfg.out, so that every run's folder can be used by itself."""
+    source, target = Path(cfg.from_) / "tokenizer", Path(cfg.out) / "tokenizer"
+    if machine.first and cfg.from_ and (source / "tokenizer.json").exists():
+        if (target / "tokenizer.json").exists() and tokenizer_hash(cfg.out) != tokenizer_hash(cfg.from_):
+            raise SystemExit(f"{target} and {source} are different tokenizers; choose another --out=DIR")
+        for name in ("ranks.tiktoken", "tokenizer.json"):
+            write_whole(target / name, (source / name).read_bytes())
+    machine.barrier()
 
 
 # -----------------------------------------------------------------------------
@@ -352,10 +363,11 @@ def prepare(cfg, machine):
     name = Path(cfg.data).name.split(".")[0] if cfg.data else "demo"
     folder, borrowed = Path(cfg.out) / "data" / name, Path(cfg.from_ or cfg.out) / "data" / name
     source = [str(cfg.data), str(cfg.val_data), cfg.val_documents]
+    adopt_tokenizer(cfg, machine)
     if machine.first:
         if (borrowed / "meta.json").exists():
             folder = borrowed
-        if not (Path(cfg.from_ or cfg.out) / "tokenizer" / "tokenizer.json").exists():
+        if not (Path(cfg.out) / "tokenizer" / "tokenizer.json").exists():
             start = time.time()
             texts = demo_texts(cfg.seed) if not cfg.data else (t for t in read_documents(cfg.data) if cfg.val_data or not is_held_out(t))
             if not cfg.data:
@@ -367,8 +379,7 @@ def prepare(cfg, machine):
             trained.save(str(Path(cfg.out) / "tokenizer"))
             machine.print(f"tokenizer: {trained.vocab_size} tokens, trained in {time.time() - start:.1f} s")
     machine.barrier()
-    home = cfg.from_ if cfg.from_ and (Path(cfg.from_) / "tokenizer" / "tokenizer.json").exists() else cfg.out
-    tokenizer, hash = load_tokenizer(home)
+    tokenizer, hash = load_tokenizer(cfg.out)
     if tokenizer.vocab_size > 65536:
         raise SystemExit(f"a vocabulary of {tokenizer.vocab_size} does not fit token shards of 16 bits; at most 65536")
     if machine.first:
@@ -446,8 +457,22 @@ def render(messages, tokenizer, reply=False):
     return ids, mask
 
 
+def fit(messages, tokenizer, room):
+    """Ids of the conversation's prompt: its system message and the latest exchanges that fit into `room` tokens."""
+    first = int(messages[0]["role"] == "system")
+    system, turns = messages[:first], messages[first:]
+    prompt, count = render(system + turns[-1:], tokenizer, reply=True)[0], 1
+    while count < len(turns):  # from the end, so that a long past costs no more than what is kept of it
+        longer = render(system + turns[-count - 2 :], tokenizer, reply=True)[0]
+        if len(longer) > room:
+            break
+        prompt, count = longer, count + 2
+    return prompt
+
+
 def parse(ids, tokenizer):
-    """The parts of a reply's ids, the inverse of render: [{"type", "text"}]."""
+    """The parts of a reply's ids, the inverse of render: [{"type", "text"}]. Special tokens that have no place in
+    a reply are left out."""
     names = {tokenizer.special(f"<|{k}_{e}|>"): (k, e) for k in ("python", "output") for e in ("start", "end")}
     stop = {tokenizer.special("<|assistant_end|>"), tokenizer.special("<|bos|>")}
     parts, kind, run = [], "text", []
@@ -463,7 +488,7 @@ def parse(ids, tokenizer):
         if id in names:
             close()
             kind = names[id][0] if names[id][1] == "start" else "text"
-        else:
+        elif id < tokenizer.vocab_size - len(SPECIALS):
             run.append(id)
     close()
     return parts
@@ -542,6 +567,7 @@ for _row in COUNTRIES.replace("\n", " ").split(";"):
     _country, _values = _row.split(":")
     FACTS |= {(_country.strip(), r): v.strip() for r, v in zip(RELATIONS, _values.split(","))}
 NATIONS = list(dict.fromkeys(country for country, _ in FACTS))
+TAUGHT, TESTED = NATIONS[0::2], NATIONS[1::2]  # of the tested ones, no question is ever asked before the test
 
 STATEMENTS = {
     "capital": """The capital of {c} is {v}.|{v} is the capital of {c}.|The capital city of {c} is called {v}.
@@ -561,16 +587,20 @@ PRONOUNS = {  # once a text has named its country
     "continent": "It lies in {v}.|It is a country in {v}.|It belongs to {v}.",
 }
 QUESTIONS = {
-    "capital": "What is the capital of {c}?|Which city is the capital of {c}?|Tell me the capital of {c}.|Do you know the capital of {c}?",
-    "language": "What language do people speak in {c}?|Which language is spoken in {c}?|Tell me the language of {c}.|What is the language of {c}?",
-    "money": "What is the money of {c}?|What do people pay with in {c}?|Tell me the money of {c}.|Which money is used in {c}?",
-    "continent": "Where is {c}?|Which continent is {c} in?|Tell me the continent of {c}.|On which continent does {c} lie?",
+    "capital": """What is the capital of {c}?|Which city is the capital of {c}?
+Tell me the capital of {c}.|Do you know the capital of {c}?""",
+    "language": """What language do people speak in {c}?|Which language is spoken in {c}?
+Tell me the language of {c}.|What is the language of {c}?""",
+    "money": """What is the money of {c}?|What do people pay with in {c}?
+Tell me the money of {c}.|Which money is used in {c}?""",
+    "continent": """Where is {c}?|Which continent is {c} in?
+Tell me the continent of {c}.|On which continent does {c} lie?""",
 }
 ANSWERS = {
     "capital": "The capital of {c} is {v}.",
-    "language": "People in {c} speak {v}.",
+    "language": "The language of {c} is {v}.",
     "money": "The money of {c} is the {v}.",
-    "continent": "{c} is a country in {v}.",
+    "continent": "The continent of {c} is {v}.",
 }
 
 NAMES = "Anna Ben Clara David Emma Felix Greta Hugo Ida Jonas Kira Leo Mia Noah Olga Paul Rosa Sam Tina Victor Wanda Yara".split()
@@ -618,7 +648,7 @@ Bye!|Goodbye!|See you later.|Good night!
 Do you like me?|Are you my friend?|Do you have friends?
  > I am happy to talk with you.|I like everyone who talks with me.
 """
-STORY_REQUESTS = "Tell me a story about a {a}.|Can you tell a story about a {a}?|I would like a story with a {a}.|Write a story about a {a}, please."
+STORY_REQUESTS = "Tell me a story.|Tell me a story about a {a}.|Can you tell a story about a {a}?|I would like a story with a {a}.|Write a story about a {a}, please."
 
 WORDS = """strawberry banana elephant mississippi umbrella chocolate butterfly pineapple crocodile kangaroo balloon committee
 necessary bookkeeper tomorrow raspberry cinnamon marshmallow volleyball giraffe penguin cathedral lemonade mandarin tangerine
@@ -639,6 +669,7 @@ SUMS = {  # bare arithmetic
     "*": "What is {a} * {b}?|What is {a} times {b}?|Multiply {a} by {b}.|{a} * {b}|How much is {a} times {b}?",
     "/": "What is {a} / {b}?|What is {a} divided by {b}?|Divide {a} by {b}.|{a} / {b}|How much is {a} divided by {b}?",
 }
+NOTES = "The numbers are {a} and {b}.|Here {a} comes first and {b} second.|{n} wrote down {a} and then {b}.|A note says: {a}, {b}."
 # Arithmetic in words. SFT shows worked solutions of the first PROBLEMS_SHOWN of each kind; of the others there
 # are only problems with a right answer, for RL to learn from.
 PROBLEMS = {
@@ -649,7 +680,9 @@ There are {a} {t} in a box and {b} in a bag. How many {t} are there in all?
 A shop has {a} {t}. A cart brings another {b}. How many {t} does the shop have?
 {n} read {a} pages yesterday and {b} pages today. How many pages did {n} read?
 {m} gives {n} {b} {t}. Before that {n} had {a}. How many {t} does {n} have now?
-A tree is {a} years old. How old will it be in {b} years?""",
+A tree is {a} years old. How old will it be in {b} years?
+{n} is {a} years old and {m} is {b} years older. How old is {m}?
+{n} gave away {b} {t} and has {a} left. How many {t} did {n} have before?""",
     "-": """{n} has {a} {t} and loses {b}. How many {t} are left?
 {n} has {a} {t} and gives {b} of them to {m}. How many {t} does {n} keep?
 There are {a} {t} in a basket. {n} eats {b}. How many {t} are left?
@@ -657,7 +690,9 @@ There are {a} {t} in a basket. {n} eats {b}. How many {t} are left?
 A train has {a} seats and {b} are taken. How many seats are free?
 {b} of the {a} {t} on the table are old. How many {t} are new?
 {n} must walk {a} miles and has walked {b}. How many miles are left?
-{n} pays with {a} coins for {t} that cost {b} coins. How many coins come back?""",
+{n} pays with {a} coins for {t} that cost {b} coins. How many coins come back?
+{n} has {b} {t} and wants {a}. How many more {t} does {n} need?
+{n} and {m} have {a} {t} together, {b} of them from {m}. How many are from {n}?""",
     "*": """There are {a} boxes with {b} {t} each. How many {t} are there?
 {n} buys {a} bags. Each bag holds {b} {t}. How many {t} does {n} buy?
 Each of {a} children brings {b} {t}. How many {t} do they bring?
@@ -665,7 +700,9 @@ Each of {a} children brings {b} {t}. How many {t} do they bring?
 A garden has {a} rows of {b} trees. How many trees are in the garden?
 One ticket costs {a} coins. How many coins do {b} tickets cost?
 A wall is {a} bricks high and {b} bricks wide. How many bricks does it have?
-{n} runs {a} miles a day. How many miles does {n} run in {b} days?""",
+{n} runs {a} miles a day. How many miles does {n} run in {b} days?
+One box weighs {a} pounds. How many pounds do {b} boxes weigh?
+{n} writes {b} cards to each of {a} friends. How many cards are that?""",
     "/": """{n} shares {a} {t} among {b} friends. How many {t} does each friend get?
 {a} {t} are put into {b} boxes, the same number in each. How many {t} are in a box?
 {n} and the others, {b} in all, divide {a} {t}. How many {t} does each one get?
@@ -673,7 +710,9 @@ A wall is {a} bricks high and {b} bricks wide. How many bricks does it have?
 A rope of {a} feet is cut into {b} equal parts. How long is each part?
 {b} tickets cost {a} coins. How many coins does one ticket cost?
 {n} reads a book of {a} pages in {b} days, the same number every day. How many pages a day?
-{a} children stand in {b} equal rows. How many children are in a row?""",
+{a} children stand in {b} equal rows. How many children are in a row?
+A bus takes {b} children. How many buses do {a} children need?
+{n} saves {b} coins a week. After how many weeks does {n} have {a} coins?""",
 }
 PROBLEMS_SHOWN = 3
 # made-up words to count letters in are to be none of the words that texts are made of
@@ -700,10 +739,14 @@ def story(rng, animal=None):
 
 
 def statements(rng, country):
-    """A short text about one country: its facts in random order and wording."""
+    """A short text about one country: its facts in random order and wording; of taught ones at times as a quiz."""
     order, text = rng.sample(RELATIONS, rng.randint(1, 4)), []
+    quiz = country in TAUGHT and rng.random() < 0.3
     for i, relation in enumerate(order):
-        wording = pick(rng, PRONOUNS[relation] if i and rng.random() < 0.4 else STATEMENTS[relation])
+        if quiz:
+            wording = f"{pick(rng, QUESTIONS[relation])} {ANSWERS[relation]}"
+        else:
+            wording = pick(rng, PRONOUNS[relation] if i and rng.random() < 0.4 else STATEMENTS[relation])
         text.append(wording.format(c=country, v=FACTS[country, relation]))
     return " ".join(text)
 
@@ -738,16 +781,24 @@ def with_tool(expression, result, text):
     return [{"type": "python", "text": expression}, {"type": "output", "text": str(result)}, {"type": "text", "text": text}]
 
 
-def demo_texts(seed, split="train", count=24000):
-    """Documents for pretraining: stories and statements of facts, and a few words spelt and sums said."""
+def demo_texts(seed, split="train", count=40000):
+    """Documents for pretraining: stories, statements of facts, words spelt and numbers noted down.
+
+    The problems among them are stated, and their numbers named, but never solved.
+    """
     rng = random.Random(f"{split} texts {seed}")
     texts = []
     for _ in range(count if split == "train" else count // 60):
         kind = rng.random()
-        if kind < 0.35:
+        if kind < 0.25:
             texts.append(story(rng))
-        elif kind < 0.9:
+        elif kind < 0.75:
             texts.append(statements(rng, rng.choice(NATIONS)))
+        elif kind < 0.9:
+            op = rng.choice("+-*/")
+            a, b = some_numbers(rng, op, "train")
+            note = pick(rng, NOTES).format(a=a, b=b, n=rng.choice(NAMES))
+            texts.append(f"{Arithmetic.ask(rng, PROBLEMS[op].splitlines(), a, b)} {note}")
         else:
             word, letter = some_word(rng, "train")
             texts.append(f'The word "{word}" begins with "{word[0]}" and ends with "{word[-1]}". Again: "{word}".')
@@ -756,7 +807,7 @@ def demo_texts(seed, split="train", count=24000):
 
 def exchange(rng):
     """One question and its answer, of what the chat model is taught."""
-    kind = rng.choices(["facts", "counting", "sums", "problems", "talk", "stories"], [16, 26, 18, 16, 16, 8])[0]
+    kind = rng.choices(["facts", "counting", "sums", "problems", "talk", "stories"], [14, 32, 14, 16, 16, 8])[0]
     if kind == "facts":
         item = Facts.items("train", rng.random(), 1)[0]
         reply = ANSWERS[item["relation"]].format(c=item["country"], v=item["answer"])
@@ -808,9 +859,8 @@ class Facts:
 
     def items(split, seed, count):
         rng, items = random.Random(f"facts {split} {seed}"), []
-        nations = NATIONS[1::2] if split == "test" else NATIONS[0::2]
         for _ in range(count):
-            country, relation = rng.choice(nations), rng.choice(RELATIONS)
+            country, relation = rng.choice(TESTED if split == "test" else TAUGHT), rng.choice(RELATIONS)
             question = pick(rng, QUESTIONS[relation]).format(c=country)
             messages = [{"role": "user", "content": question}]
             items.append({"messages": messages, "answer": FACTS[country, relation], "country": country, "relation": relation})

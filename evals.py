@@ -3,6 +3,7 @@ Evaluations: bits per byte, tasks answered by generating, and the report of a ru
 
     python evals.py                                    # every task on the last stage in out/
     python evals.py --stage=sft --tasks=facts --count=500 --seed=7
+    python evals.py --stage=base --text=FILE           # bits per byte of any text
     python evals.py --report                           # only rebuild out/report.json and out/report.html
 
 The stages call `bits_per_byte` and `run_tasks` on their way and write what they find with `record`, which
@@ -20,10 +21,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from data import TASKS, batch, parse, render, visible
-from gpt import latest, load_model, lock_folder, override, start_machine, write_whole
+from data import TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, read_documents, render, visible
+from gpt import latest, load_model, override, start_machine, write_whole
 from sample import Engine, Params
 
 
@@ -48,7 +50,7 @@ def bits_per_byte(model, tokenizer, val, machine, micro_rows=16, rows=0):
     for x, y in zip(ids.split(micro_rows), targets.split(micro_rows)):
         x, y = x.to(machine.device), y.to(machine.device)
         length = size[y.clamp(min=0)] * (y >= 0)  # (B, T)
-        nats += (model(x, y).double() * (length > 0)).sum().item() if machine.device.type != "mps" else (model(x, y) * (length > 0)).sum().item()
+        nats += (model(x, y) * (length > 0)).sum().item()
         count += length.sum().item()
     return machine.sum(nats) / math.log(2) / max(1, machine.sum(count))
 
@@ -141,7 +143,7 @@ CURVES = {  # what is drawn, of each stage, and in which words
     "loss": "loss (nats a token)",
     "bpb": "validation (bits a byte)",
     "reward": "reward (share of answers right)",
-    "accuracy": "accuracy on held-out problems",
+    "pass_at_k": "problems with at least one right answer",
     "length": "answer length (tokens)",
     "entropy": "entropy (nats a token)",
     "tokens_per_second": "tokens a second",
@@ -166,14 +168,17 @@ def page(out, report):
     rows.append("<tr><th>minutes</th>" + "".join(f"<td>{report['seconds'].get(s, 0) / 60:.1f}</td>" for s in stages) + "</tr>")
     for s in stages:
         body.append(f"<h2>{STAGES[s]}</h2><div class=curves>")
-        for key, words in CURVES.items():
+        tasks = {key: f"{key.split('/')[1]}: share of held-out items right" for t, key in series if t == s and key.startswith("accuracy/")}
+        for key, words in (CURVES | tasks).items():
             points = series.get((s, key), [])
             if len(points) > 1:
-                body.append(f"<figure>{curve(points)}<figcaption>{words}</figcaption></figure>")
+                body.append(f"<figure>{curve(points)}<figcaption>{e(words)}</figcaption></figure>")
         body.append("</div>")
         for task, shown in report["examples"].get(s, {}).items():
-            lines = "".join(f"<tr><td>{e(q)}</td><td>{e(a)}</td><td>{e(str(w))}</td><td>{'right' if g == 1 else 'wrong'}</td></tr>" for q, a, w, g in shown)
-            body.append(f"<details><summary>{e(task)}: some answers</summary><table><tr><th>question</th><th>answer</th><th>expected</th><th></th></tr>{lines}</table></details>")
+            cells = ((e(q), e(a), e(str(wanted)), "right" if grade == 1 else "wrong") for q, a, wanted, grade in shown)
+            lines = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in cells)
+            header = "<tr><th>question</th><th>answer</th><th>expected</th><th></th></tr>"
+            body.append(f"<details><summary>{e(task)}: some answers</summary><table>{header}{lines}</table></details>")
     machine = ", ".join(f"{k} {v}" for k, v in report["machine"].items())
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>onesitting: {e(str(Path(out).resolve().name))}</title>
@@ -210,6 +215,7 @@ class Config:
     split: str = "test"  # test or train
     slots: int = 64  # answers generated at once
     show: int = 3  # answers printed a task
+    text: str = ""  # file or folder: instead of tasks, the bits per byte of this text
     report: bool = False  # only rebuild the report
     device: str = "auto"  # cuda, cpu
     dtype: str = "auto"  # bfloat16, float32
@@ -217,8 +223,6 @@ class Config:
 
 
 def main(argv):
-    from data import load_tokenizer
-
     cfg = override(Config(), argv, __doc__)
     machine = start_machine(cfg.device, cfg.dtype, cfg.threads)
     if cfg.report:
@@ -233,6 +237,11 @@ def main(argv):
     stage = cfg.stage or next((s for s in ("rl", "sft", "base") if latest(f"{cfg.out}/{s}")), "base")
     tokenizer, hash = load_tokenizer(cfg.out)
     model, state = load_model(f"{cfg.out}/{stage}", machine, hash)
+    if cfg.text:
+        bos = tokenizer.special("<|bos|>")
+        tokens = np.concatenate(list(encode_documents(tokenizer, read_documents(cfg.text), bos)))
+        bpb = bits_per_byte(model, tokenizer, TokenSet([tokens], bos, whole=True), machine)
+        return machine.print(f"{cfg.out}/{stage} step {state['step']}: {bpb:.4f} bits per byte on {cfg.text}")
     machine.print(f"{cfg.out}/{stage} step {state['step']}, {cfg.split} items of seed {cfg.seed}")
     results = run_tasks(model.to(machine.dtype), tokenizer, machine, names, cfg.count, cfg.seed, cfg.split, cfg.slots)
     for name, (accuracy, n, shown) in results.items():

@@ -106,6 +106,9 @@ class Machine:
         if self.first:
             print(*words, flush=True)
 
+    def describe(self):
+        return f"{self.world} x {self.device.type} in {str(self.dtype).removeprefix('torch.')}, {self.threads} threads"
+
     def sum(self, value):
         """Sum a number over all ranks."""
         if self.world == 1:
@@ -146,7 +149,7 @@ def start_machine(device="auto", dtype="auto", threads=0, deterministic=False):
     if dtype == "auto":
         if device.type == "cuda":
             if torch.cuda.get_device_capability(device)[0] < 8:
-                raise SystemExit(f"{torch.cuda.get_device_name(device)} has no bf16; fp16 is not supported: use --dtype=float32")
+                raise SystemExit(f"{torch.cuda.get_device_name(device)} has no bf16, and fp16 is not supported: use --dtype=float32")
             dtype = "bfloat16"
         else:
             flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
@@ -165,7 +168,6 @@ def start_machine(device="auto", dtype="auto", threads=0, deterministic=False):
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Machine(device, getattr(torch, dtype), rank, world, torch.get_num_threads())
@@ -506,7 +508,8 @@ def load_model(path, machine, tokenizer_hash=None):
         raise SystemExit(f"no checkpoint in {path}; `bash run.sh` makes one, or name another folder with --out=DIR")
     state = json.loads((found / "state.json").read_text())
     if tokenizer_hash and state["tokenizer"] != tokenizer_hash:
-        raise SystemExit(f"{found} was trained with another tokenizer than the one in use (hash {state['tokenizer'][:12]} against {tokenizer_hash[:12]})")
+        hashes = f"hash {state['tokenizer'][:12]} against {tokenizer_hash[:12]}"
+        raise SystemExit(f"{found} was trained with another tokenizer than the one in use ({hashes})")
     model = GPT(GPTConfig(**state["model"]), machine.dtype)
     model.load_state_dict(torch.load(found / "model.pt", map_location="cpu", weights_only=True))
     return model.to(machine.device), state
@@ -518,8 +521,9 @@ def load_optimizer(path, optimizer):
     optimizer.load([torch.load(f, map_location="cpu", weights_only=True) for f in files])
 
 
-# knobs that say where and how a run goes, not what it computes; `world` and `threads` are recorded besides
-FREE_KNOBS = {"out", "fresh", "device", "dtype", "threads", "compile", "deterministic", "save_every", "sample_every", "stop_after"}
+# knobs that say where and how a run goes and what it shows, not what it computes
+FREE_KNOBS = {"out", "fresh", "device", "dtype", "threads", "compile", "deterministic", "micro_rows", "stop_after", "prompts"}
+FREE_KNOBS |= {"log_every", "eval_every", "eval_rows", "eval_count", "final_count", "sample_every", "save_every"}
 
 
 def find_resume(folder, cfg, machine):
@@ -534,17 +538,15 @@ def find_resume(folder, cfg, machine):
     state = json.loads((found / "state.json").read_text())
     ours = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE_KNOBS}
     theirs = {k: v for k, v in state["config"].items() if k not in FREE_KNOBS}
-    changed = [f"{k}={theirs.get(k)!r} became {ours.get(k)!r}" for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
+    changed = [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
     if changed:
-        raise SystemExit(
-            f"{found} was made with another config ({'; '.join(changed)}): choose --out=DIR for a new run, or --fresh to start this one over"
-        )
+        changed = "; ".join(f"{k}={theirs.get(k)!r} became {ours.get(k)!r}" for k in changed)
+        raise SystemExit(f"{found} has another config ({changed}): --out=DIR for a new run, or --fresh to start this one over")
     if state["code"] != code_hash():
         machine.print("note: the code has changed since this run's last checkpoint; going on with the new code")
     if (state["threads"], state["world"]) != (machine.threads, machine.world):
-        machine.print(
-            f"note: was {state['world']} ranks of {state['threads']} threads, now {machine.world} of {machine.threads}: sums round differently"
-        )
+        was, now = f"{state['world']} ranks of {state['threads']} threads", f"{machine.world} of {machine.threads}"
+        machine.print(f"note: was {was}, now {now}: sums round differently")
     return found
 
 

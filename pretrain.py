@@ -119,8 +119,8 @@ def main(argv):
     run = compile_model(model, machine) if cfg.compile else model
     sizes, flops = model.sizes()
     dropped, _, cut = train.loss(cfg.seq_len, cfg.seed)
-    machine.print(f"pretraining: {sum(sizes.values()):,} parameters, width {shape.width}, {cfg.steps} steps of {rows} rows of {cfg.seq_len} tokens,")
-    machine.print(f"  {machine.world} x {machine.device.type} in {str(machine.dtype)[6:]}, {machine.threads} threads; packing drops {dropped:.2%} of tokens, cuts {cut:.0%} of documents")
+    machine.print(f"pretraining: {sum(sizes.values()):,} parameters, {machine.describe()}")
+    machine.print(f"  {cfg.steps} steps of {rows} rows of {cfg.seq_len} tokens; packing drops {dropped:.2%} of them, cuts {cut:.0%} of documents")
     machine.print(f"  going on from step {start}" if found else "  from random weights")
 
     clock, seconds = time.time() - state.get("seconds", 0), []
@@ -158,8 +158,10 @@ def main(argv):
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
             pace = sorted(seconds[-20:])[len(seconds[-20:]) // 2]  # the median: one slow step says nothing
             speed, left = cfg.batch_tokens / pace, pace * (cfg.steps - step - 1)
-            machine.print(f"step {step:5}/{cfg.steps}  loss {loss:.4f}  rate x{lr_scale(step, cfg):.2f}  {speed:,.0f} tokens/s  {left / 60:.1f} min left")
-            log_metrics(cfg.out, machine, stage="base", step=step, seconds=time.time() - clock, loss=loss, tokens_per_second=speed, gflops=speed * flops / 1e9)
+            rate = f"rate x{lr_scale(step, cfg):.2f}  {speed:,.0f} tokens/s"
+            machine.print(f"step {step:5}/{cfg.steps}  loss {loss:.4f}  {rate}  {left / 60:.1f} min left")
+            figures = {"loss": loss, "tokens_per_second": speed, "gflops": speed * flops / 1e9}
+            log_metrics(cfg.out, machine, stage="base", step=step, seconds=time.time() - clock, **figures)
         if loss != loss:
             raise SystemExit(f"the loss is not a number at step {step}; lower --lr_matrix or --lr_embed, or look at the data")
     if machine.world > 1:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from data import TASKS, load_tokenizer, parse, render, visible
+from data import TASKS, adopt_tokenizer, load_tokenizer, parse, render, visible
 from evals import record, run_tasks, task_figures
 from gpt import find_resume, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, save_checkpoint, start_machine, trim_metrics
@@ -48,22 +48,22 @@ class Config:
     # data
     task: str = "arithmetic"  # whose problems and grader, from TASKS in data.py
     # optimisation
-    steps: int = 60  # updates
+    steps: int = 120  # updates
     problems: int = 16  # problems a step, over all ranks
     samples: int = 8  # answers a problem
     max_tokens: int = 48  # longest answer
     micro_rows: int = 32  # rows of a forward pass; smaller needs less memory and computes the same
     lr_matrix: float = 0.003  # Muon, matrices
-    lr_embed: float = 0.02  # AdamW, embeddings
-    lr_unembed: float = 0.0005  # AdamW, output layer
+    lr_embed: float = 0.002  # AdamW, embeddings
+    lr_unembed: float = 0.0002  # AdamW, output layer
     seed: int = 1  # of problems and sampling
     # on the way
     log_every: int = 5  # steps between lines
-    eval_every: int = 20  # steps between evaluations
+    eval_every: int = 30  # steps between evaluations
     eval_count: int = 200  # items a task on the way
     final_count: int = 500  # items a task at the end
-    sample_every: int = 20  # steps between printed answers
-    save_every: int = 20  # steps between checkpoints
+    sample_every: int = 30  # steps between printed answers
+    save_every: int = 30  # steps between checkpoints
     stop_after: int = 0  # end this call after so many steps; the same command goes on later
     # machine
     device: str = "auto"  # cuda, cpu, mps
@@ -122,7 +122,8 @@ def main(argv):
     machine = start_machine(cfg.device, cfg.dtype, cfg.threads, cfg.deterministic)
     lock_folder(cfg.out, machine)
     home, folder = cfg.from_ or cfg.out, f"{cfg.out}/rl"
-    tokenizer, hash = load_tokenizer(home)
+    adopt_tokenizer(cfg, machine)
+    tokenizer, hash = load_tokenizer(cfg.out)
     task = TASKS[cfg.task]
 
     found = find_resume(folder, cfg, machine)
@@ -135,8 +136,8 @@ def main(argv):
         load_optimizer(found, optimizer)
     trim_metrics(cfg.out, "rl", start, machine)
     engine = Engine(model, tokenizer, slots=min(256, cfg.problems * cfg.samples))
-    machine.print(f"reinforcement learning on {cfg.task}: {cfg.steps} steps of {cfg.problems} problems x {cfg.samples} answers,")
-    machine.print(f"  {machine.world} x {machine.device.type} in {str(machine.dtype)[6:]}; " + (f"going on from step {start}" if found else f"starting from {home}/{cfg.init}"))
+    machine.print(f"reinforcement learning on {cfg.task}: {cfg.problems} problems x {cfg.samples} answers a step, {machine.describe()}")
+    machine.print(f"  {cfg.steps} steps, " + (f"going on from step {start}" if found else f"from {home}/{cfg.init}"))
 
     clock, seconds = time.time() - (state["seconds"] if found else 0), []
     for step in range(start, cfg.steps + 1):
@@ -146,7 +147,7 @@ def main(argv):
             results = run_tasks(model, tokenizer, machine, names, cfg.final_count if last else cfg.eval_count)
             figures = task_figures(results)
             machine.print(f"step {step:5}  held-out: " + "  ".join(f"{name} {r[0]:.1%}" for name, r in results.items()))
-            log_metrics(cfg.out, machine, stage="rl", step=step, seconds=time.time() - clock, accuracy=results[cfg.task][0])
+            log_metrics(cfg.out, machine, stage="rl", step=step, seconds=time.time() - clock, **figures)
         if last:
             record(cfg.out, machine, "rl", figures, time.time() - clock, {name: r[2] for name, r in results.items()})
         if step > start and (last or step % cfg.save_every == 0 or step == start + cfg.stop_after):
@@ -160,7 +161,8 @@ def main(argv):
         answers, shown = rollouts(engine, task, cfg, step, machine)
         t1 = time.time()
         count = machine.sum(sum(sum(r.sampled) for r, _, _ in answers))
-        telling = sorted((a for a in answers if a[2]), key=lambda a: len(a[0].prompt) + len(a[0].ids))  # others have no gradient
+        telling = [a for a in answers if a[2]]  # an advantage of zero has no gradient
+        telling.sort(key=lambda a: len(a[0].prompt) + len(a[0].ids))  # rows of one length waste no padding
         for i in range(0, len(telling), cfg.micro_rows):
             ids, targets, advantages = rows_of(telling[i : i + cfg.micro_rows], machine.device)
             nats = model(ids, targets)  # (B, T), minus the log-probability of each sampled token
@@ -173,24 +175,24 @@ def main(argv):
         if machine.first and step % cfg.sample_every == 0:
             for question, text, reward in shown:
                 print(f"   {'right' if reward == 1 else 'wrong'} | {question} -> {text}")
-        everyone = [a for share in machine.gather([(r.ids, r.sampled, r.logprobs, reward, a) for r, reward, a in answers]) for a in share]
+        mine = [(r.ids, r.sampled, r.logprobs, reward) for r, reward, _ in answers]
+        everyone = [answer for share in machine.gather(mine) for answer in share]
         if machine.first and (step % cfg.log_every == 0 or step == cfg.steps - 1):
             figures = describe(everyone, tokenizer, cfg)
             pace = sorted(seconds[-20:])[len(seconds[-20:]) // 2]
             left = pace * (cfg.steps - step - 1)
-            print(
-                f"step {step:5}/{cfg.steps}  reward {figures['reward']:.3f}  pass@{cfg.samples} {figures['pass_at_k']:.3f}  "
-                f"length {figures['length']:.1f}  entropy {figures['entropy']:.3f}  rollouts {(t1 - t0) / seconds[-1]:.0%} of {seconds[-1]:.1f} s  {left / 60:.1f} min left",
-                flush=True,
-            )
-            speed = sum(len(a[0]) for a in everyone) / (t1 - t0)
-            log_metrics(cfg.out, machine, stage="rl", step=step, seconds=time.time() - clock, rollout_share=(t1 - t0) / seconds[-1], tokens_per_second=speed, **figures)
+            figures["rollout_share"] = (t1 - t0) / seconds[-1]
+            figures["tokens_per_second"] = sum(len(a[0]) for a in everyone) / (t1 - t0)
+            now = "  ".join(f"{k} {figures[k]:.3f}" for k in ("reward", "pass_at_k", "length", "entropy"))
+            spent = f"{seconds[-1]:.1f} s, {figures['rollout_share']:.0%} rollouts"
+            machine.print(f"step {step:5}/{cfg.steps}  {now}  {spent}  {left / 60:.1f} min left")
+            log_metrics(cfg.out, machine, stage="rl", step=step, seconds=time.time() - clock, **figures)
     if machine.world > 1:
         dist.destroy_process_group()
 
 
 def describe(answers, tokenizer, cfg):
-    """Figures of a step's answers, each (ids, sampled, logprobs, reward, advantage), group after group."""
+    """Figures of a step's answers, each (ids, sampled, logprobs, reward), group after group."""
     rewards = [a[3] for a in answers]
     groups = [rewards[i : i + cfg.samples] for i in range(0, len(rewards), cfg.samples)]
     chosen = [p for a in answers for p, sampled in zip(a[2], a[1]) if sampled]

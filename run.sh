@@ -58,17 +58,18 @@ serve)
 all)
     setup
     n=$(gpus)
-    if [ "$n" = 0 ]; then
-        # the demo: a model of 3 layers learns the embedded world on a CPU
-        python pretrain.py --out="$OUT" ${DATA:+--data="$DATA"} --depth=3 --seq_len=256 --batch_tokens=4096 --steps=250
-        python sft.py --out="$OUT"
-        python rl.py --out="$OUT"
+    run() { if [ "$n" -gt 1 ]; then torchrun --standalone --nproc_per_node="$n" "$@"; else python "$@"; fi; }
+    if [ -z "$DATA" ]; then
+        # the demo: three layers learn the embedded world, in minutes on a CPU; more GPUs would not help
+        n=0
+        run pretrain.py --out="$OUT" --depth=3 --seq_len=256 --batch_tokens=4096 --steps=300
+    elif [ "$n" = 0 ]; then
+        run pretrain.py --out="$OUT" --data="$DATA" --depth=4 --vocab_size=4096 --steps=1000
     else
-        run() { torchrun --standalone --nproc_per_node="$n" "$@"; }
-        run pretrain.py --out="$OUT" ${DATA:+--data="$DATA"} --depth=12 --seq_len=1024 --vocab_size=32768 --window_pattern=SSSL --compile=1
-        run sft.py --out="$OUT" --compile=1
-        run rl.py --out="$OUT"
+        run pretrain.py --out="$OUT" --data="$DATA" --depth=12 --seq_len=1024 --vocab_size=32768 --window_pattern=SSSL --compile=1
     fi
+    run sft.py --out="$OUT"
+    run rl.py --out="$OUT"
     echo "done: the report is $OUT/report.html; chat with 'bash run.sh serve' or '.venv/bin/python sample.py --out=$OUT'"
     ;;
 *)

@@ -21,12 +21,13 @@ import codecs
 import math
 import operator
 import sys
+import warnings
 from collections import deque
 from dataclasses import dataclass, field
 
 import torch
 
-from data import load_tokenizer, parse, render, visible
+from data import fit, load_tokenizer, parse
 from gpt import KVCache, latest, load_model, override, start_machine
 
 # -----------------------------------------------------------------------------
@@ -36,6 +37,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
 OPERATORS |= {ast.USub: operator.neg, ast.UAdd: operator.pos}
 LARGEST = 1e15  # no intermediate result may exceed this
+warnings.filterwarnings("ignore", category=SyntaxWarning)  # what a model writes between the tokens is not our source
 
 
 def calculate(expression):
@@ -102,6 +104,9 @@ class Request:
     sampled: list = field(default_factory=list)  # False where the tool wrote the token
     forced: deque = field(default_factory=deque)  # the tool's tokens still to be read
     finish: str = ""  # "stop" or "length" once done
+
+
+COLD = 1e-3  # a temperature up to this takes the likeliest token; dividing by less would overflow
 
 
 def uniform(seed, position):
@@ -204,10 +209,11 @@ class Engine:
     def pick(self, logits, at):
         """A token for each row of logits (B, V), and its log-probability."""
         params = [r.params for r in self.running]
-        heat = torch.tensor([p.temperature or 1.0 for p in params], device=self.device)[:, None]
+        warm = [p.temperature > COLD for p in params]
+        heat = torch.tensor([p.temperature if w else 1.0 for p, w in zip(params, warm)], device=self.device)[:, None]
         logprobs = torch.log_softmax(logits / heat, dim=-1)
         tokens = logits.argmax(dim=-1)
-        if any(p.temperature for p in params):
+        if any(warm):
             p = logprobs.double().exp()
             if any(q.top_k or q.top_p < 1 for q in params):
                 order = p.sort(dim=-1, descending=True)
@@ -219,8 +225,7 @@ class Engine:
             total = p.cumsum(-1)
             u = torch.tensor([uniform(q.seed, i) for q, i in zip(params, at)], device=self.device, dtype=p.dtype)
             drawn = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=p.size(1) - 1)
-            hot = torch.tensor([q.temperature > 0 for q in params], device=self.device)
-            tokens = torch.where(hot, drawn, tokens)
+            tokens = torch.where(torch.tensor(warm, device=self.device), drawn, tokens)
         return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist()
 
     def accept(self, request, token, logprob):
@@ -250,7 +255,8 @@ class Engine:
 class Stream:
     """Turns the ids of a request into text as they come, never showing half a character.
 
-    Each call of new(ids) returns what is new as [(kind, text)], kind being "text", "python" or "output".
+    Each call of new(ids) returns what is new as [(kind, text)], kind being "text", "python" or "output"; with
+    end=True the bytes of a character that was never completed come out as U+FFFD.
     """
 
     def __init__(self, tokenizer):
@@ -258,19 +264,19 @@ class Stream:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.kinds = {tokenizer.special(f"<|{k}_start|>"): k for k in ("python", "output")}
         self.kinds |= {tokenizer.special(f"<|{k}_end|>"): "text" for k in ("python", "output")}
-        self.silent = {tokenizer.special(f"<|{k}|>") for k in ("bos", "assistant_end")}
+        self.first_special = tokenizer.vocab_size - len(tokenizer.special_tokens)
 
-    def new(self, ids):
+    def new(self, ids, end=False):
         pieces = []
         for id in ids[self.seen :]:
             if id in self.kinds:
                 self.kind = self.kinds[id]
-            elif id not in self.silent:
-                text = self.decoder.decode(self.tokenizer.token_bytes(id))
-                if text:
-                    pieces.append((self.kind, text))
+            elif id < self.first_special:
+                pieces.append((self.kind, self.decoder.decode(self.tokenizer.token_bytes(id))))
         self.seen = len(ids)
-        return pieces
+        if end:
+            pieces.append((self.kind, self.decoder.decode(b"", True)))
+        return [(kind, text) for kind, text in pieces if text]
 
 
 # -----------------------------------------------------------------------------
@@ -306,7 +312,7 @@ def answer(engine, prompt, cfg, seed):
     stream, kind = Stream(engine.tokenizer), "text"
     while not request.finish:
         engine.step()
-        for new_kind, text in stream.new(request.ids):
+        for new_kind, text in stream.new(request.ids, bool(request.finish)):
             if new_kind != kind:
                 text = {"python": "[", "output": " = ", "text": "] "}[new_kind] + text.lstrip()
             kind = new_kind
@@ -316,7 +322,9 @@ def answer(engine, prompt, cfg, seed):
 
 
 def main(argv):
-    argv = [f"--prompt={argv[i + 1]}" if a == "-p" else a for i, a in enumerate(argv) if i == 0 or argv[i - 1] != "-p"] if "-p" in argv[:-1] else argv
+    if "-p" in argv[:-1]:
+        i = argv.index("-p")
+        argv[i : i + 2] = [f"--prompt={argv[i + 1]}"]
     cfg = override(Config(), argv, __doc__)
     engine, stage = load_engine(cfg, start_machine(cfg.device, cfg.dtype, cfg.threads), 1)
     tokenizer = engine.tokenizer
@@ -340,10 +348,15 @@ def main(argv):
             print("(a new conversation)")
             continue
         messages.append({"role": "user", "content": line})
+        prompt = fit(messages, tokenizer, engine.cache.length - min(cfg.max_tokens, engine.cache.length // 4))
         try:
-            parts = answer(engine, render(messages, tokenizer, reply=True)[0], cfg, cfg.seed + len(messages))
+            parts = answer(engine, prompt, cfg, cfg.seed + len(messages))
         except ValueError as error:
-            raise SystemExit(str(error)) if cfg.prompt else None
+            if cfg.prompt:
+                raise SystemExit(str(error))
+            print(f"({error})")
+            messages.pop()
+            continue
         if cfg.prompt:
             return
         messages.append({"role": "assistant", "content": parts})

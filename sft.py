@@ -14,12 +14,11 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from data import TASKS, batch, chat_set, conversations, load_tokenizer, render
+from data import TASKS, adopt_tokenizer, batch, chat_set, conversations, load_tokenizer, render
 from evals import record, run_tasks, task_figures
 from gpt import compile_model, find_resume, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, save_checkpoint, start_machine, trim_metrics
@@ -39,22 +38,22 @@ class Config:
     # data
     chats: int = 12000  # conversations of the demo world
     # optimisation
-    steps: int = 250  # updates
+    steps: int = 240  # updates
     batch_rows: int = 16  # rows of an update, over all ranks
     micro_rows: int = 16  # rows of a forward pass; smaller needs less memory and computes the same
-    lr_matrix: float = 0.02  # Muon, matrices
-    lr_embed: float = 0.2  # AdamW, embeddings
-    lr_unembed: float = 0.004  # AdamW, output layer
+    lr_matrix: float = 0.01  # Muon, matrices
+    lr_embed: float = 0.05  # AdamW, embeddings
+    lr_unembed: float = 0.002  # AdamW, output layer
     weight_decay: float = 0.0  # of matrices
     warmdown: float = 1.0  # share of steps in which the rates fall to 0
     seed: int = 1  # of the conversations and their order
     # on the way
     log_every: int = 10  # steps between lines
-    eval_every: int = 125  # steps between evaluations
+    eval_every: int = 60  # steps between evaluations
     eval_count: int = 100  # items a task on the way
     final_count: int = 500  # items a task at the end
-    sample_every: int = 125  # steps between samples
-    save_every: int = 125  # steps between checkpoints
+    sample_every: int = 60  # steps between samples
+    save_every: int = 60  # steps between checkpoints
     prompts: str = "Who are you?|What is the capital of Sweden?|How many letters \"r\" are in \"strawberry\"?"  # to answer in samples
     stop_after: int = 0  # end this call after so many steps; the same command goes on later
     # machine
@@ -75,7 +74,8 @@ def main(argv):
     machine = start_machine(cfg.device, cfg.dtype, cfg.threads, cfg.deterministic)
     lock_folder(cfg.out, machine)
     home, folder = cfg.from_ or cfg.out, f"{cfg.out}/sft"
-    tokenizer, hash = load_tokenizer(home)
+    adopt_tokenizer(cfg, machine)
+    tokenizer, hash = load_tokenizer(cfg.out)
 
     found = find_resume(folder, cfg, machine)
     model, state = load_model(found or f"{home}/{cfg.init}", machine, hash)
@@ -90,8 +90,8 @@ def main(argv):
     trim_metrics(cfg.out, "sft", start, machine)
     run = compile_model(model, machine) if cfg.compile else model
     train = chat_set(conversations(cfg.seed, cfg.chats), tokenizer, T)
-    machine.print(f"fine-tuning: {cfg.chats} conversations in {train.rows(T, cfg.seed)} rows of {T} tokens, {cfg.steps} steps of {cfg.batch_rows} rows,")
-    machine.print(f"  {machine.world} x {machine.device.type} in {str(machine.dtype)[6:]}; " + (f"going on from step {start}" if found else f"starting from {home}/{cfg.init}"))
+    machine.print(f"fine-tuning: {cfg.chats} conversations in {train.rows(T, cfg.seed)} rows of {T} tokens, {machine.describe()}")
+    machine.print(f"  {cfg.steps} steps of {cfg.batch_rows} rows, " + (f"going on from step {start}" if found else f"from {home}/{cfg.init}"))
 
     clock, seconds = time.time() - (state["seconds"] if found else 0), []
     for step in range(start, cfg.steps + 1):
@@ -129,7 +129,8 @@ def main(argv):
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
             pace = sorted(seconds[-20:])[len(seconds[-20:]) // 2]
             speed, left = cfg.batch_rows * T / pace, pace * (cfg.steps - step - 1)
-            machine.print(f"step {step:5}/{cfg.steps}  loss {loss:.4f}  rate x{lr_scale(step, cfg):.2f}  {speed:,.0f} tokens/s  {left / 60:.1f} min left")
+            rate = f"rate x{lr_scale(step, cfg):.2f}  {speed:,.0f} tokens/s"
+            machine.print(f"step {step:5}/{cfg.steps}  loss {loss:.4f}  {rate}  {left / 60:.1f} min left")
             log_metrics(cfg.out, machine, stage="sft", step=step, seconds=time.time() - clock, loss=loss, tokens_per_second=speed)
         if loss != loss:
             raise SystemExit(f"the loss is not a number at step {step}; lower --lr_matrix or --lr_embed, or look at the data")

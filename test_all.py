@@ -19,7 +19,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -41,7 +40,7 @@ import optim
 import tok
 from data import SPECIALS
 from gpt import GPT, GPTConfig, KVCache, Machine
-from sample import Engine, Params, Stream, calculate, uniform
+from sample import Config, Engine, Params, Stream, calculate, load_engine, uniform
 from tok import Tokenizer
 
 HERE = Path(__file__).parent
@@ -931,15 +930,21 @@ def test_adding_a_special_token_moves_no_id(tokenizer, tmp_path, monkeypatch):
 
 def test_held_out_means_held_out():
     """Tested countries are never asked about in training, tested words and pairs of numbers never occur."""
-    texts, chats = data.demo_texts(1), data.conversations(1, 12000)
-    questions = " ".join(m["content"] for c in chats for m in c if m["role"] == "user")
+    import rl
+    import sft
+
+    texts, chats = data.demo_texts(1), data.conversations(1, sft.Config().chats)
+    asked = [m["content"] for c in chats for m in c if m["role"] == "user"]
+    questions = " ".join(asked)
     answers = " ".join(data.text_of([m]) for c in chats for m in c if m["role"] == "assistant")
-    rl = [item for step in range(60) for item in data.Arithmetic.items("train", f"rl 1 {step}", 16)]
-    problems = " ".join(item["messages"][0]["content"] for item in rl)
-    everything = " ".join([*texts, questions, answers, problems])
+    steps, count = rl.Config().steps, rl.Config().problems
+    problems = [i["messages"][0]["content"] for step in range(steps) for i in data.Arithmetic.items("train", f"rl 1 {step}", count)]
+    everything = " ".join([*texts, questions, answers, *problems])
     words = set(re.findall(r"[a-z]+", everything))
-    pairs = {tuple(sorted(map(int, n))) for n in (re.findall(r"\d+", q) for q in re.split(r"(?<=[.?])\s(?=[A-Z])", questions + " " + problems)) if len(n) == 2}
-    pairs |= {tuple(sorted(map(int, m))) for m in re.findall(r"(\d+)[-+*/](\d+)", everything)}
+    pairs = set()
+    for text in [*texts, *asked, *problems]:
+        numbers = list(map(int, re.findall(r"\d+", text)))
+        pairs |= {tuple(sorted(pair)) for pair in itertools.combinations(numbers, 2)}
     for seed in range(3):
         for item in data.Facts.items("test", seed, 300):
             country = item["country"]
@@ -949,6 +954,8 @@ def test_held_out_means_held_out():
         for item in data.Arithmetic.items("test", seed, 300):
             a, b = map(int, re.findall(r"\d+", item["messages"][0]["content"]))
             assert tuple(sorted((a, b))) not in pairs, item
+    quizzes = " ".join(text for text in texts if "?" in text)
+    assert not any(re.search(rf"\b{country}\b", quizzes) for country in data.TESTED)
     stated = " ".join(texts)
     for (country, relation), value in data.FACTS.items():
         assert re.search(rf"\b{country}\b", stated) and value in stated
@@ -1068,7 +1075,8 @@ def test_stream_never_shows_half_a_character(tokenizer):
 
 @pytest.mark.parametrize(
     "expression, value",
-    [("1+2*3", "7"), ("84/12", "7"), ("7/2", "3.5"), ("2**10", "1024"), ("-(3-5)", "2"), ("7//2 + 7%2", "4"), ('"aabb".count("b")', "2"), (" 6*7", "42")],
+    [("1+2*3", "7"), ("84/12", "7"), ("7/2", "3.5"), ("2**10", "1024"), ("-(3-5)", "2"), ("7//2 + 7%2", "4")]
+    + [('"aabb".count("b")', "2"), (" 6*7", "42")],
 )
 def test_calculator(expression, value):
     assert calculate(expression) == value
@@ -1233,6 +1241,7 @@ def test_own_text(tmp_path):
 def test_terminal_answers_once(tiny_run):
     assert run("sample.py", f"--out={tiny_run}", "-p", "Hello!", "--max_tokens=5", "--device=cpu")[0] == 0
     assert run("evals.py", f"--out={tiny_run}", "--count=2", "--device=cpu")[0] == 0
+    assert " bits per byte" in run("evals.py", f"--out={tiny_run}", f"--text={tiny_run / 'printed.txt'}", "--device=cpu")[1]
 
 
 def test_learning_rates_go_up_and_down():
@@ -1273,3 +1282,308 @@ def test_rl_gradient_does_not_depend_on_micro_batches(chatty):
         grads.append(chatty.unembed.weight.grad.clone())
     chatty.zero_grad()
     assert (grads[0] - grads[1]).abs().max() < 1e-4 and (grads[0] - grads[2]).abs().max() < 1e-4
+
+
+# -----------------------------------------------------------------------------
+# Server
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A folder with a tokenizer and an `sft` checkpoint of a small random model, which says anything at all."""
+    folder = tmp_path_factory.mktemp("untrained")
+    texts = ["Who are you? I am a small model.", "What is the capital of Sweden? It is Stockholm.", "12 times 34 is 408."] * 3
+    tokenizer = Tokenizer.train(texts, 320, SPECIALS)
+    tokenizer.save(str(folder / "tokenizer"))
+    model = GPT(GPTConfig.from_depth(1, tokenizer.vocab_size, 128)).init(1)
+    state = {"stage": "sft", "config": {}, "tokenizer": data.tokenizer_hash(folder)}
+    gpt.save_checkpoint(f"{folder}/sft", 0, model, None, CPU, state)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(untrained):
+    """The address of a server with two slots and two places to wait; stopped by SIGTERM while it writes an answer."""
+    knobs = "--port=0 --slots=2 --queue=2 --max_body=20000 --device=cpu --dtype=float32 --threads=1".split()
+    command = [sys.executable, "serve.py", f"--out={untrained}", *knobs]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        url = re.match(r"(http://\S+)/ serves", process.stdout.readline())[1]
+        yield url, process
+        request = long_request(url)
+        with connect(url) as client:
+            client.sendall(request)
+            client.recv(1000)
+            process.terminate()
+            assert b"data: [DONE]" in read_all(client)
+        assert process.wait(20) == 0
+        assert "Traceback" not in process.stdout.read()
+    finally:
+        process.kill()
+
+
+HELLO = {"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 24, "seed": 5}
+
+
+def chat(url, **changes):
+    return requests.post(f"{url}/v1/chat/completions", json=HELLO | changes, timeout=20)
+
+
+def long_request(url):
+    """The bytes of a streamed request whose answer the model does not end by itself."""
+    long = HELLO | {"temperature": 2, "max_tokens": 100}
+    long["seed"] = next(s for s in range(99) if chat(url, **long | {"seed": s}).json()["usage"]["completion_tokens"] == 100)
+    body = json.dumps(long | {"stream": True}).encode()
+    return b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+def connect(url):
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def read_all(client):
+    return b"".join(iter(lambda: client.recv(100_000), b""))
+
+
+def chat_streamed(url, **changes):
+    """(visible text, what the calculator did, finish reason, usage) put together from the events."""
+    response = chat(url, stream=True, stream_options={"include_usage": True}, **changes)
+    assert response.headers["Content-Type"].startswith("text/event-stream")
+    events = response.content.decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    *chunks, last = [json.loads(e.removeprefix("data: ")) for e in events[:-2]]
+    choices = [c["choices"][0] for c in chunks]
+    text = "".join(c["delta"].get("content", "") for c in choices)
+    tool = "".join(c["delta"]["tool"]["text"] for c in choices if "tool" in c["delta"])
+    return text, tool, choices[-1]["finish_reason"], last["usage"]
+
+
+def test_serve_answers(server, untrained):
+    """Streamed, not streamed and the engine itself give the same text; counts are right; choices differ."""
+    url, _ = server
+    health = requests.get(f"{url}/health").json()
+    assert (health["status"], health["stage"], health["step"]) == ("ok", "sft", 0)
+    assert requests.get(f"{url}/v1/models").json()["data"][0]["id"] == "onesitting-sft"
+    page = requests.get(f"{url}/")
+    assert "<!doctype html>" in page.text and not re.search("(src|href)=.?(http|//)", page.text)
+
+    config = Config(out=str(untrained))
+    engine, _ = load_engine(config, gpt.start_machine("cpu", "float32", 1), 1)
+    prompt = data.render(HELLO["messages"], engine.tokenizer, reply=True)[0]
+    for temperature, top_k, top_p, seed in [(0, 0, 1, 0), (1.0, 0, 1, 5), (0.8, 20, 0.9, -7)]:
+        knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        request = engine.generate([prompt], Params(max_tokens=24, **knobs))[0]
+        pieces = Stream(engine.tokenizer).new(request.ids, end=True)
+        expected = "".join(text for kind, text in pieces if kind == "text")
+        whole = chat(url, **knobs).json()
+        choice = whole["choices"][0]
+        assert choice["message"]["content"] == expected
+        assert "".join(p["text"] for p in choice["message"]["parts"]) == "".join(text for _, text in pieces)
+        assert choice["finish_reason"] == request.finish
+        sizes = {"prompt_tokens": len(prompt), "completion_tokens": len(request.ids)}
+        assert whole["usage"] == sizes | {"total_tokens": len(prompt) + len(request.ids)}
+        tool = "".join(text for kind, text in pieces if kind != "text")
+        assert chat_streamed(url, **knobs) == (expected, tool, request.finish, whole["usage"])
+
+    both = [c["message"] for c in chat(url, n=2).json()["choices"]]
+    assert both == [chat(url, seed=seed).json()["choices"][0]["message"] for seed in (5, 6)]
+
+
+def test_serve_stop_strings(server):
+    """Also where the stop string begins in one token and ends in another."""
+    url, _ = server
+    answers = ((seed, chat(url, seed=seed).json()["choices"][0]["message"]) for seed in range(50))
+    seed, full = next((s, m["content"]) for s, m in answers if len(m["parts"]) == 1 and len(m["content"]) > 12)
+    for stop in (full[6:7], full[6:10], full[8:14]):
+        for stops in (stop, ["never said", stop]):
+            choice = chat(url, seed=seed, stop=stops).json()["choices"][0]
+            assert choice["message"]["content"] == full[: full.index(stop)]
+            assert choice["finish_reason"] == "stop"
+            assert chat_streamed(url, seed=seed, stop=stops)[0] == full[: full.index(stop)]
+
+
+def test_serve_forgets_oldest(server):
+    """A conversation that is too long loses its oldest exchanges, but not its system message."""
+    url, _ = server
+    system = [{"role": "system", "content": "Be brief."}]
+    past = [{"role": "user", "content": "What is the capital?"}, {"role": "assistant", "content": "It is Stockholm."}]
+    lengths = [chat(url, messages=system + past * n + HELLO["messages"]).json()["usage"]["prompt_tokens"] for n in range(9)]
+    cost = lengths[1] - lengths[0]
+    kept = (128 - 24 - lengths[0]) // cost  # 24 tokens are kept free for the answer
+    assert lengths == [lengths[0] + cost * min(n, kept) for n in range(9)]
+    assert lengths[0] > chat(url).json()["usage"]["prompt_tokens"]
+    spoken = [past[0], past[1] | {"parts": [{"type": "python", "text": "1+1"}, {"type": "output", "text": "2"}]}]
+    assert chat(url, messages=spoken + HELLO["messages"]).status_code == 200
+
+
+def test_serve_errors(server):
+    url, _ = server
+    user = HELLO["messages"]
+    bad = [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": user * 2}, "messages[1].role"),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": ["user"], "content": "Hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "long " * 200}]}, "messages"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 3}, "n"),
+        ({"stop": [1]}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"tools": [{}]}, "tools"),
+        ({"temprature": 1}, "temprature"),
+    ]
+    path = f"{url}/v1/chat/completions"
+    for change, param in bad:
+        response = requests.post(path, data=json.dumps(HELLO | change), timeout=20)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param), change
+    for body in (b"", b"{", b"[1]", b"\xff\xfe", b"[" * 10000, b'{"n": ' + b"9" * 5000 + b"}"):
+        assert requests.post(path, data=body, timeout=20).status_code == 400
+    others = [
+        (requests.post(path, data=b"x" * 5_000_000, timeout=20), 413),
+        (requests.get(path, timeout=20), 405),
+        (requests.delete(f"{url}/health", timeout=20), 405),
+        (requests.request("BREW", f"{url}/health", timeout=20), 405),
+        (requests.post(f"{url}/v2/", json={}, timeout=20), 404),
+        (requests.post(path, data=iter([b"{}"]), timeout=20), 411),
+    ]
+    for response, status in others:
+        assert response.status_code == status
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    for raw in (b"garbage\r\n\r\n", b"GET /" + b"a" * 70000, b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n"):
+        with connect(url) as client:
+            client.sendall(raw)
+            assert b'"error"' in read_all(client)
+    session = requests.Session()  # on one connection, an error leaves the next request whole
+    assert [session.post(path, json=HELLO | c, timeout=20).status_code for c in ({}, {"n": 0}, {})] == [200, 400, 200]
+
+
+def test_serve_busy_and_vanishing_clients(server):
+    """Who finds no place gets 429, and a client that leaves makes room at once."""
+    url, process = server
+    request = long_request(url)
+    process.send_signal(signal.SIGSTOP)  # so that all arrive at once, however fast the machine
+    clients = [connect(url) for _ in range(8)]
+    for client in clients:
+        client.sendall(request)
+    process.send_signal(signal.SIGCONT)
+    firsts = [client.recv(1000) for client in clients]
+    refused = [first for first in firsts if b" 429 " in first]
+    assert 0 < len(refused) <= 4 and b"Retry-After" in refused[0]
+    for client in clients:
+        client.close()
+    for _ in range(100):
+        health = requests.get(f"{url}/health", timeout=20).json()
+        if health["running"] + health["waiting"] == 0:
+            break
+        time.sleep(0.02)
+    assert health["running"] + health["waiting"] == 0
+    assert chat(url).status_code == 200
+
+
+def test_serve_port_in_use(server, untrained):
+    url, _ = server
+    port = url.split(":")[-1]
+    done = subprocess.run([sys.executable, "serve.py", f"--out={untrained}", f"--port={port}"], cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and f"127.0.0.1:{port}" in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# Benchmarks: `python test_all.py bench NAME`
+
+
+def best(f, times=3):
+    """Seconds of the fastest of some runs."""
+    spent = []
+    for _ in range(times):
+        start = time.perf_counter()
+        f()
+        spent.append(time.perf_counter() - start)
+    return min(spent)
+
+
+def bench_tok():
+    """Training and encoding; beside tiktoken where it is installed."""
+    texts = data.demo_texts(1, count=60000)
+    size = sum(len(t.encode()) for t in texts) / 1e6
+    print(f"demo text, {size:.1f} MB, vocabulary 4,096")
+    print(f"train                 {size / best(lambda: Tokenizer.train(texts, 4096, SPECIALS), 1):8.1f} MB/s")
+    t = Tokenizer.train(texts, 4096, SPECIALS)
+    for threads in (1, 2):
+        print(f"encode, {threads} thread(s)   {size / best(lambda: t.encode_batch(texts, threads)):8.1f} MB/s")
+    try:
+        import tiktoken
+    except ImportError:
+        return print("tiktoken is not installed")
+    theirs = tiktoken.Encoding("x", pat_str=tok.PATTERN, mergeable_ranks=ranks_of(t), special_tokens={})
+    print(f"tiktoken, 1 thread    {size / best(lambda: [theirs.encode_ordinary(x) for x in texts]):8.1f} MB/s")
+
+
+def bench_train(depths=(4, 12, 20) if torch.cuda.is_available() else (2, 3, 4)):
+    """Training steps as the stages take them: tokens/s, TFLOP/s, memory, and the share of plain matmul's rate."""
+    machine = gpt.start_machine()
+    n = 8192 if machine.device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n // 2, device=machine.device, dtype=machine.dtype) for _ in range(2))
+
+    def matmul():
+        for _ in range(5):
+            a @ b.T
+        machine.sync()
+
+    matmul()
+    rate = 5 * 2 * n * n * (n // 2) / best(matmul)
+    print(f"{machine.device.type} {machine.dtype}, plain matmul {rate / 1e12:.3f} TFLOP/s")
+    for depth in depths:
+        T, V, rows = (2048, 32768, 16) if machine.device.type == "cuda" else (512, 4096, 8)
+        model = GPT(GPTConfig.from_depth(depth, V, T), machine.dtype).init(1).to(machine.device)
+        optimizer = optim.build(model, 0.02, 0.3, 0.004)
+        forward = gpt.compile_model(model, machine) if machine.device.type == "cuda" else model
+        ids = torch.randint(V, (rows, T + 1), device=machine.device)
+
+        def step():
+            (forward(ids[:, :-1], ids[:, 1:]).sum() / ids.numel()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            machine.sync()
+
+        step(), step()
+        seconds = best(step, 5)
+        flops = model.sizes()[1] * rows * T / seconds
+        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if machine.device.type == "cuda" else ""
+        speed = f"{rows * T / seconds:10,.0f} tokens/s, {flops / 1e12:.3f} TFLOP/s, {flops / rate:.0%} of matmul"
+        print(f"depth {depth:2}, T {T}, {rows} rows: {speed}{memory}")
+
+
+def bench_decode():
+    """Tokens a second of the engine, depth 4 (20 on CUDA), by number of requests."""
+    machine = gpt.start_machine()
+    depth = 20 if machine.device.type == "cuda" else 4
+    tokenizer = Tokenizer.train(data.demo_texts(1), 2048, SPECIALS)
+    model = GPT(GPTConfig.from_depth(depth, 4096, 512), machine.dtype).init(1).to(machine.device, machine.dtype)
+    for concurrent in (1, 16, 64):
+        engine = Engine(model, tokenizer, concurrent)
+        prompts = [[i] * 20 for i in range(concurrent)]
+
+        def generate():
+            return engine.generate(prompts, Params(max_tokens=100, temperature=1.0))
+
+        count = sum(len(r.ids) for r in generate())  # chance is keyed: every run gives the same tokens
+        print(f"depth {depth}, {concurrent:2} requests: {count / best(generate):10,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["bench"]:
+        benches = {name.removeprefix("bench_"): f for name, f in globals().items() if name.startswith("bench_")}
+        if len(sys.argv) != 3 or sys.argv[2] not in benches:
+            raise SystemExit(f"python test_all.py bench NAME, with NAME one of {', '.join(benches)}")
+        benches[sys.argv[2]]()
+    else:
+        raise SystemExit(pytest.main(["-q", __file__, *sys.argv[1:]]))

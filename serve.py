@@ -1,0 +1,790 @@
+"""
+The chat page and an HTTP API in OpenAI's form, on the standard library's http.server.
+
+    python serve.py                                    # the last stage in out/, at http://127.0.0.1:8000
+    python serve.py --stage=sft --port=8080
+    python serve.py --host=0.0.0.0                     # for the whole network: there is no password
+
+    curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Who are you?"}]}'
+    curl -N http://127.0.0.1:8000/v1/chat/completions -d '{"stream": true, "messages": [{"role": "user", "content": "Hi"}]}'
+
+    from openai import OpenAI
+    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    messages = [{"role": "user", "content": "What is 12 * 34?"}]
+    print(client.chat.completions.create(model="any", messages=messages).choices[0].message.content)
+
+    GET  /                      the page
+    POST /v1/chat/completions   messages, stream, stream_options, n, temperature, top_p, top_k, seed, stop,
+                                max_tokens or max_completion_tokens
+    GET  /v1/models             the one model there is; a request may name any
+    GET  /health                what is served, and how many answers run and wait
+
+One thread, the worker, owns the engine. Each connection has a thread of its own, which reads the request,
+hands its answers to the worker and writes out what comes back on a queue; so every running answer advances
+in the same batched step, and a client that reads slowly, or sends half a request, holds up nobody else.
+
+Beyond OpenAI's form: `top_k`; what the calculator did, as `parts` of a message ([{"type": "text" | "python" |
+"output", "text"}]) and, streamed, as `tool` ({"type", "text"}) beside an empty `content`. A message sent back
+with its `parts` is read with them. A conversation that outgrows the context loses its oldest exchanges, never
+its system message. max_tokens is an upper limit: one that the context cannot hold is cut down to what it can.
+
+Left out: TLS and passwords (put a proxy in front), and tools other than the model's own calculator.
+"""
+
+import json
+import queue
+import re
+import secrets
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from data import fit
+from gpt import latest, override, start_machine
+from sample import Params, Stream, load_engine
+
+# -----------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    # what is served
+    out: str = "out"  # folder of the run
+    stage: str = ""  # base, sft or rl; empty is the last there is
+    # where
+    host: str = "127.0.0.1"  # 0.0.0.0 lets the whole network in
+    port: int = 8000  # 0 takes any free one
+    # bounds
+    slots: int = 16  # answers that run at once
+    queue: int = 64  # answers that wait for a slot; more are refused with 429
+    max_tokens: int = 1024  # longest answer that may be asked for
+    max_messages: int = 256  # of a conversation
+    max_body: int = 1_000_000  # bytes of a request
+    timeout: float = 30.0  # seconds a connection may stand still, reading or writing
+    grace: float = 5.0  # seconds that running answers have to end when the server is stopped
+    # machine
+    device: str = "auto"  # cuda, cpu
+    dtype: str = "auto"  # bfloat16, float32
+    threads: int = 0  # CPU threads; 0 is all cores
+
+
+# -----------------------------------------------------------------------------
+# Worker: the one thread that touches the model
+
+
+class Refusal(Exception):
+    """A request that gets an error in OpenAI's form in place of an answer."""
+
+    def __init__(self, status, message, param=None, code=None, headers=()):
+        super().__init__(message)
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        self.form = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.status, self.headers = status, headers
+
+
+class Answer:
+    """One choice of a request: what comes of it goes to `events` as (answer, [(kind, text)], finish)."""
+
+    def __init__(self, index, prompt, params, stop, events):
+        self.index, self.prompt, self.params, self.stop, self.events = index, prompt, params, stop, events
+        self.request, self.stream = None, None  # the worker fills these in
+        self.held = ""  # text that may be the beginning of a stop string
+        self.finish = ""  # "stop", "length", "cancelled" or "error" once done
+        self.dropped = False  # set by the connection's thread when nobody waits any more
+
+    def advance(self, engine):
+        """Send on what the engine's last step brought; end where a stop string begins or the client has gone."""
+        pieces = []
+        for kind, text in self.stream.new(self.request.ids, bool(self.request.finish)):
+            if kind != "text":  # a stop string is looked for within a run of text, not across a calculation
+                pieces += [("text", self.held), (kind, text)]
+                self.held = ""
+                continue
+            self.held += text
+            found = [at for at in (self.held.find(s) for s in self.stop) if at >= 0]
+            if found:
+                self.held = self.held[: min(found)]
+                self.finish = "stop"
+                break
+            keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+            shown = len(self.held) - keep
+            pieces.append(("text", self.held[:shown]))
+            self.held = self.held[shown:]
+        self.finish = self.finish or self.request.finish or ("cancelled" if self.dropped else "")
+        if self.finish:
+            engine.cancel(self.request)  # changes nothing where the engine has finished by itself
+            pieces.append(("text", self.held))
+        pieces = [(kind, text) for kind, text in pieces if text]
+        if pieces or self.finish:
+            self.events.put((self, pieces, self.finish))
+
+
+class Worker(threading.Thread):
+    def __init__(self, engine, places):
+        super().__init__(daemon=True)
+        self.engine, self.places = engine, places
+        self.inbox = queue.Queue()  # answers to begin; None to end
+        self.answers = []  # begun and not finished; this thread's own
+        self.lock, self.taken = threading.Lock(), 0  # places in use, by answers running or waiting
+
+    def begin(self, answers):
+        """Called by the connections' threads. Raises Refusal when there is no place for all of them."""
+        with self.lock:
+            if self.taken + len(answers) > self.places:
+                message, headers = "too many requests are waiting; try again in a few seconds", [("Retry-After", "2")]
+                raise Refusal(429, message, code="rate_limit_exceeded", headers=headers)
+            self.taken += len(answers)
+        for answer in answers:
+            self.inbox.put(answer)
+
+    def run(self):
+        while self.receive():
+            try:
+                self.engine.step()
+                for answer in self.answers:
+                    answer.advance(self.engine)
+            except Exception:  # whatever it was (out of memory, say) ends these answers, not the server
+                traceback.print_exc()
+                self.fail()
+            finished = sum(bool(a.finish) for a in self.answers)
+            self.answers = [a for a in self.answers if not a.finish]
+            with self.lock:
+                self.taken -= finished
+        self.fail()
+
+    def receive(self):
+        """Give the engine what has arrived, waiting where there is nothing else to do. False when told to end."""
+        while True:
+            try:
+                answer = self.inbox.get(block=not self.answers)
+            except queue.Empty:
+                return True
+            if answer is None:
+                return False
+            answer.request = self.engine.submit(answer.prompt, answer.params)
+            answer.stream = Stream(self.engine.tokenizer)
+            self.answers.append(answer)
+
+    def fail(self):
+        """End all answers in an error and leave the engine empty."""
+        self.engine.waiting.clear()
+        self.engine.running.clear()
+        for answer in self.answers:
+            answer.finish = "error"
+            answer.events.put((answer, [], "error"))
+
+
+# -----------------------------------------------------------------------------
+# Request: from JSON to prompt and parameters; everything wrong with it is a Refusal that names the field
+
+OPTIONS = "messages stream stream_options n temperature top_p top_k seed stop max_tokens max_completion_tokens".split()
+OPTIONS += "model user metadata store service_tier safety_identifier prompt_cache_key".split()  # say nothing about the answer
+# what other servers do and this one does not: taken where it asks for nothing
+NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "logprobs": False, "top_logprobs": 0}
+NEUTRAL |= {"tools": [], "tool_choice": "none", "functions": [], "response_format": {"type": "text"}}
+
+
+def read_json(data):
+    try:
+        body = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
+        raise Refusal(400, f"the body is not JSON in UTF-8: {error}")
+    if not isinstance(body, dict):
+        raise Refusal(400, "the body must be a JSON object")
+    for key, value in body.items():
+        if key in NEUTRAL and value is not None and value != NEUTRAL[key]:
+            raise Refusal(400, f"{key} is not supported", key, "unsupported_parameter")
+        if key not in NEUTRAL and key not in OPTIONS:
+            raise Refusal(400, f"Unrecognized request argument: {key[:50]}", key[:50], "unknown_parameter")
+    return body
+
+
+def number(body, key, default, low, high, kind=float):
+    value = body.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value <= high:
+        raise Refusal(400, f"{key} must be a {'whole ' if kind is int else ''}number from {low} to {high}", key)
+    return kind(value)
+
+
+def flag(body, key):
+    value = body.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise Refusal(400, f"{key} must be true or false", key)
+    return bool(value)
+
+
+def read_messages(body, most):
+    """The conversation, checked: [{"role", "content"}] for data.render."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not 0 < len(messages) <= most:
+        raise Refusal(400, f"messages must be a list of 1 to {most} messages", "messages")
+    checked = []
+    for i, message in enumerate(messages):
+        at = f"messages[{i}]"
+        if not isinstance(message, dict):
+            raise Refusal(400, f"{at} must be an object with role and content", at)
+        system = checked[:1] and checked[0]["role"] == "system"
+        expected = ("user", "assistant")[(i - bool(system)) % 2]
+        role = message.get("role")
+        if role != expected and not (i == 0 and role == "system"):
+            order = "a system message, if any, comes first; then user and assistant take turns"
+            raise Refusal(400, f"{at}.role must be {expected!r}: {order}", f"{at}.role")
+        content, kinds, name = message.get("content"), ("text",), f"{at}.content"
+        if role == "assistant" and message.get("parts"):
+            content, kinds, name = message["parts"], ("text", "python", "output"), f"{at}.parts"
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list):
+            raise Refusal(400, f"{name} must be a string or a list of parts", name)
+        for part in parts:
+            if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
+                raise Refusal(400, f"{name} may hold parts of type {' or '.join(kinds)} with a text, and nothing else", name)
+            if not part["text"].isascii() and re.search("[\ud800-\udfff]", part["text"]):
+                raise Refusal(400, f"{name} has half a surrogate pair, which is no character", name)
+        checked.append({"role": role, "content": parts if role == "assistant" else "".join(p["text"] for p in parts)})
+    if checked[-1]["role"] != "user":
+        raise Refusal(400, "the last message must be the user's", "messages")
+    return checked
+
+
+def read_request(body, cfg, engine):
+    """(prompt ids, [Params of each choice], stop strings) of a request's JSON."""
+    context = engine.cache.length
+    messages = read_messages(body, cfg.max_messages)
+    wanted = min(256, cfg.max_tokens)
+    for key in ("max_tokens", "max_completion_tokens"):
+        wanted = min(number(body, key, wanted, 1, 2**31, int), cfg.max_tokens)
+    prompt = fit(messages, engine.tokenizer, context - min(wanted, context // 4))
+    if len(prompt) >= context:
+        message = f"the last message makes a prompt of {len(prompt)} tokens; the model reads {context - 1}"
+        raise Refusal(400, message, "messages", "context_length_exceeded")
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(s, str) and 0 < len(s) <= 100 for s in stop):
+        raise Refusal(400, "stop must be a string or a list of up to 16, each of 1 to 100 characters", "stop")
+    params = Params(
+        max_tokens=min(wanted, context - len(prompt)),
+        temperature=number(body, "temperature", 1.0, 0, 2),
+        top_k=number(body, "top_k", 0, 0, 2**31, int),
+        top_p=number(body, "top_p", 1.0, 0, 1),
+        seed=number(body, "seed", secrets.randbits(32), -(2**63), 2**63 - 1, int),
+    )
+    count = number(body, "n", 1, 1, cfg.slots, int)
+    return prompt, [replace(params, seed=params.seed + i) for i in range(count)], stop
+
+
+# -----------------------------------------------------------------------------
+# HTTP
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # connections that the kernel keeps until they are accepted
+
+    def __init__(self, cfg):
+        super().__init__((cfg.host, cfg.port), Handler)
+        self.cfg, self.worker, self.about, self.stopping = cfg, None, {}, False
+        self.lock, self.busy = threading.Lock(), 0  # requests being answered
+
+    def start(self):
+        """Load the model and start the worker."""
+        cfg = self.cfg
+        machine = start_machine(cfg.device, cfg.dtype, cfg.threads)
+        engine, stage = load_engine(cfg, machine, cfg.slots)
+        folder = latest(f"{cfg.out}/{stage}")
+        step, self.created = int(folder.name.removeprefix("step_")), int(folder.stat().st_mtime)
+        self.about = {"stage": stage, "step": step, "model": f"onesitting-{stage}", "context": engine.cache.length, "slots": cfg.slots}
+        self.worker = Worker(engine, cfg.slots + cfg.queue)
+        self.worker.start()
+        if stage == "base":
+            print("note: a base model continues text; it learns to chat in sft.py")
+        print(f"http://{cfg.host}:{self.server_port}/ serves {cfg.out}/{stage}, step {step}, on {machine.device}; Ctrl-C stops", flush=True)
+
+    def stop(self):
+        """Take no more, let running answers end for a while, and end what is left with an error."""
+        self.stopping = True
+        self.server_close()
+        self.wait(self.cfg.grace)
+        if self.worker:
+            self.worker.inbox.put(None)
+            self.worker.join(5)
+            self.wait(1)
+
+    def wait(self, seconds):
+        end = time.monotonic() + seconds
+        while self.busy and time.monotonic() < end:
+            time.sleep(0.02)
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # clients may leave when they like
+            traceback.print_exc()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # each token leaves at once
+
+    def version_string(self):
+        return "onesitting"
+
+    def setup(self):
+        self.timeout = self.server.cfg.timeout  # of each read and write on this connection
+        super().setup()
+
+    def log_message(self, *args):
+        pass
+
+    def route(self):
+        routes = {
+            "/": ("GET", self.page),
+            "/health": ("GET", self.health),
+            "/v1/models": ("GET", self.models),
+            "/v1/chat/completions": ("POST", self.chat),
+        }
+        self.started = False
+        if self.request_version == "HTTP/1.0":
+            self.close_connection = True
+        try:
+            body = self.read_body()
+        except Refusal as refusal:
+            return self.refuse(refusal)
+        with self.server.lock:
+            self.server.busy += 1
+        try:
+            method, handler = routes.get(self.path.partition("?")[0], (None, None))
+            if handler is None:
+                raise Refusal(404, f"there is no {self.path[:200]}; there are {', '.join(routes)}", code="unknown_url")
+            if self.command != method and (self.command, method) != ("HEAD", "GET"):
+                message, headers = f"{self.path[:200]} wants {method}, not {self.command}", [("Allow", method)]
+                raise Refusal(405, message, code="method_not_allowed", headers=headers)
+            if self.server.stopping:
+                self.close_connection = True
+                raise Refusal(503, "the server is stopping")
+            handler(body)
+        except Refusal as refusal:
+            self.refuse(refusal)
+        except OSError:  # the client left, or stood still for too long
+            self.close_connection = True
+        except Exception:
+            traceback.print_exc()
+            self.close_connection = True
+            if not self.started:
+                self.refuse(Refusal(500, "the server made a mistake, which is in its log"))
+        finally:
+            with self.server.lock:
+                self.server.busy -= 1
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = route
+
+    def read_body(self):
+        """The bytes of the request. All methods read it, or it would be taken for the connection's next request."""
+        kept_open, self.close_connection = self.close_connection, True  # what goes wrong here leaves unread bytes behind
+        if "Transfer-Encoding" in self.headers:
+            raise Refusal(411, "send the body with a Content-Length")
+        lengths = self.headers.get_all("Content-Length", ["0"])
+        if len(lengths) != 1 or not re.fullmatch("[0-9]{1,15}", lengths[0]):
+            raise Refusal(400, "Content-Length must be one number")
+        if int(lengths[0]) > self.server.cfg.max_body:
+            raise Refusal(413, f"the body has {lengths[0]} bytes; at most {self.server.cfg.max_body} are read", code="body_too_large")
+        body = self.rfile.read(int(lengths[0]))
+        if len(body) < int(lengths[0]):
+            raise Refusal(400, "the body is shorter than its Content-Length")
+        self.close_connection = kept_open
+        return body
+
+    def send(self, status, kind, body, headers=()):
+        self.started = True
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Content-Type-Options", "nosniff")
+        for name, value in headers:
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_json(self, form, status=200, headers=()):
+        self.send(status, "application/json", json.dumps(form).encode(), headers)
+
+    def refuse(self, refusal):
+        try:
+            self.send_json(refusal.form, refusal.status, refusal.headers)
+            if self.close_connection:
+                # closing on unread bytes would reset the connection and lose our answer: forget them for a moment first
+                self.connection.shutdown(socket.SHUT_WR)
+                self.connection.settimeout(0.5)
+                end = time.monotonic() + 2
+                while time.monotonic() < end and self.connection.recv(65536):
+                    pass
+        except OSError:
+            self.close_connection = True
+
+    def send_error(self, code, message=None, explain=None):
+        """What http.server itself finds wrong with a request, in our form."""
+        self.close_connection = True
+        self.refuse(Refusal(405 if code == 501 else code, message or "bad request"))
+
+    def page(self, body):
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+        policy += "; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+        self.send(200, "text/html; charset=utf-8", PAGE.encode(), [("Content-Security-Policy", policy), ("Cache-Control", "no-cache")])
+
+    def health(self, body):
+        taken, slots = self.server.worker.taken, self.server.cfg.slots
+        self.send_json({"status": "ok", **self.server.about, "running": min(taken, slots), "waiting": max(0, taken - slots)})
+
+    def models(self, body):
+        model = {"id": self.server.about["model"], "object": "model", "created": self.server.created, "owned_by": "onesitting"}
+        self.send_json({"object": "list", "data": [model]})
+
+    def chat(self, body):
+        body = read_json(body)
+        prompt, params, stop = read_request(body, self.server.cfg, self.server.worker.engine)
+        stream, usage_wanted = flag(body, "stream"), False
+        if body.get("stream_options") is not None:
+            if not stream or not isinstance(body["stream_options"], dict):
+                raise Refusal(400, "stream_options must be an object, and goes with stream", "stream_options")
+            usage_wanted = flag(body["stream_options"], "include_usage")
+        events = queue.Queue()
+        answers = [Answer(i, prompt, p, stop, events) for i, p in enumerate(params)]
+        self.server.worker.begin(answers)
+        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.server.about["model"]}
+        try:
+            if stream:
+                self.chat_stream(head | {"object": "chat.completion.chunk"}, answers, events, usage_wanted)
+            else:
+                self.chat_whole(head | {"object": "chat.completion"}, answers, events)
+        finally:
+            for answer in answers:
+                answer.dropped = True
+
+    def chat_whole(self, head, answers, events):
+        parts = [[] for _ in answers]
+        for answer, pieces, _ in self.follow(answers, events):
+            for kind, text in pieces:
+                if not parts[answer.index] or parts[answer.index][-1]["type"] != kind:
+                    parts[answer.index].append({"type": kind, "text": ""})
+                parts[answer.index][-1]["text"] += text
+        choices = []
+        for answer, said in zip(answers, parts):
+            content = "".join(p["text"] for p in said if p["type"] == "text")
+            message = {"role": "assistant", "content": content, "parts": said}
+            choices.append({"index": answer.index, "message": message, "logprobs": None, "finish_reason": answer.finish})
+        self.send_json(head | {"choices": choices, "usage": usage(answers)})
+
+    def chat_stream(self, head, answers, events, usage_wanted):
+        self.started = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Cache-Control", "no-cache")
+        chunked = self.request_version != "HTTP/1.0"
+        self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Connection", "close")))
+        self.end_headers()
+
+        def event(form):
+            data = f"data: {form if isinstance(form, str) else json.dumps(form)}\n\n".encode()
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data) if chunked else data)
+
+        def delta(answer, change, finish=None):
+            event(head | {"choices": [{"index": answer.index, "delta": change, "logprobs": None, "finish_reason": finish}]})
+
+        for answer in answers:
+            delta(answer, {"role": "assistant", "content": ""})
+        try:
+            for answer, pieces, finish in self.follow(answers, events):
+                for kind, text in pieces:
+                    delta(answer, {"content": text} if kind == "text" else {"content": "", "tool": {"type": kind, "text": text}})
+                if finish:
+                    delta(answer, {}, finish)
+            if usage_wanted:
+                event(head | {"choices": [], "usage": usage(answers)})
+            event("[DONE]")
+        except Refusal as refusal:  # too late for a status: the error is the stream's last event
+            event(refusal.form)
+        if chunked:
+            self.wfile.write(b"0\r\n\r\n")
+
+    def follow(self, answers, events):
+        """Events of these answers until all are finished. Raises ConnectionError as soon as the client has left."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        unfinished = len(answers)
+        while unfinished:
+            try:
+                answer, pieces, finish = events.get(timeout=0.25)
+            except queue.Empty:
+                answer = None
+            if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
+                raise ConnectionAbortedError("the client has left")
+            if answer is None:
+                continue
+            if finish == "error":
+                raise Refusal(500, "the answer could not be finished; the server's log says why")
+            unfinished -= bool(finish)
+            yield answer, pieces, finish
+
+
+def usage(answers):
+    """Tokens read and written; the calculator's output and the end of the turn count as written."""
+    read, written = len(answers[0].prompt), sum(len(a.request.ids) for a in answers)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+# -----------------------------------------------------------------------------
+# Page: whatever a person or the model wrote enters it through textContent alone
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>onesitting</title>
+<style>
+  :root {
+    color-scheme: light dark;
+    --back: #fbfaf8; --panel: #fff; --text: #23211e; --faint: #6d6860;
+    --line: #dedad2; --mine: #e8f0ea; --accent: #24684a; --on: #fff;
+  }
+  @media (prefers-color-scheme: dark) { :root {
+    --back: #191a1a; --panel: #222424; --text: #e9e7e3; --faint: #a09c94;
+    --line: #3a3c3b; --mine: #263b31; --accent: #7cc7a0; --on: #10231a;
+  } }
+  * { box-sizing: border-box }
+  [hidden] { display: none }
+  body { margin: 0; height: 100dvh; display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) }
+  body { background: var(--back); color: var(--text); font: 16px/1.55 system-ui, sans-serif }
+  header, #log, form { padding: .7rem max(1rem, 50% - 23rem) }
+  header, .row { display: flex; gap: .5rem; align-items: center }
+  h1 { font-size: 1.05rem; margin: 0 auto 0 0 }
+  p { margin: 0 }
+  button, select, textarea { font: inherit; color: inherit; background: var(--panel) }
+  button, select, textarea { border: 1px solid var(--line); border-radius: .6rem; padding: .5rem .8rem }
+  button { cursor: pointer; white-space: nowrap }
+  button:hover, select:hover { border-color: var(--accent) }
+  :focus-visible { outline: 2px solid var(--accent); outline-offset: -1px }
+  select { width: 12rem; min-width: 0; text-overflow: ellipsis }
+  main { position: relative }
+  #log { height: 100%; overflow-y: auto; border-block: 1px solid var(--line) }
+  article { margin-bottom: 1.1rem; white-space: pre-wrap; overflow-wrap: anywhere }
+  article h2 { margin: 0 0 .1rem; font-size: .8rem; color: var(--faint) }
+  .user p { background: var(--mine); border-radius: .8rem; padding: .5rem .9rem; width: fit-content }
+  .tool { width: fit-content; margin: .25rem 0 .4rem; padding: .3rem .7rem; font: .88rem/1.5 ui-monospace, monospace }
+  .tool { background: var(--panel); border: 1px solid var(--line); border-left: 3px solid var(--accent); border-radius: .4rem }
+  .tool b { font: 600 .8rem/1 system-ui, sans-serif; color: var(--faint); margin-right: .6rem }
+  .note, label { color: var(--faint); font-size: .88rem }
+  [aria-busy=true] > :last-child::after { content: "▍"; color: var(--accent) }
+  #welcome { position: absolute; inset: 12vh 1rem auto; text-align: center; color: var(--faint) }
+  #welcome button { margin: .8rem .15rem 0; border-radius: 1.4rem; color: var(--text); white-space: normal }
+  #log:not(:empty) + #welcome { display: none }
+  textarea { flex: 1; resize: none; max-height: 35vh }
+  #send { background: var(--accent); border-color: var(--accent); color: var(--on); font-weight: 600 }
+  label { display: flex; gap: .5rem; align-items: center; margin-top: .45rem }
+  input { accent-color: var(--accent) }
+</style>
+</head>
+<body>
+<header>
+  <h1>onesitting</h1>
+  <select id="chats" aria-label="Conversations"></select>
+  <button id="fresh">New chat</button>
+</header>
+<main>
+  <div id="log" role="log" aria-label="Messages" tabindex="0"></div>
+  <div id="welcome">
+    <p>Ask something, or try one of these.</p>
+    <button>Who are you?</button>
+    <button>What is the capital of Sweden?</button>
+    <button>How many letters "r" are in "strawberry"?</button>
+    <button>Tell me a story about a fox.</button>
+  </div>
+</main>
+<form id="form">
+  <div class="row">
+    <textarea id="input" rows="1" aria-label="Your message" placeholder="Write a message" enterkeyhint="send"></textarea>
+    <button id="send">Send</button>
+    <button id="stop" type="button" hidden>Stop</button>
+  </div>
+  <label>Temperature <input id="heat" type="range" min="0" max="1.5" step="0.1"> <output id="shown"></output></label>
+</form>
+<script>
+"use strict";
+const $ = id => document.getElementById(id);
+let disk = {};
+try { disk = localStorage } catch { }  // where the browser forbids it, a chat lasts as long as the page
+let chat = null;  // {key, messages}: the conversation on screen; a key each on the disk, so that two tabs do not collide
+let running = null;  // AbortController of the answer under way
+
+function element(tag, kind, text) {
+  const made = document.createElement(tag);
+  made.className = kind;
+  made.textContent = text;
+  return made;
+}
+
+function read(key) {
+  return {key, messages: JSON.parse(disk[key] || "[]")};
+}
+
+function open(key) {
+  running?.abort();
+  chat = read(key || `onesitting chat ${Date.now()}`);
+  disk["onesitting open"] = chat.key;
+  if (chat.messages.at(-1)?.role === "user") $("input").value = chat.messages.pop().content;  // left before its answer came
+  $("log").replaceChildren();
+  chat.messages.forEach(show);
+  update();
+}
+
+function save(chat) {
+  try { disk[chat.key] = JSON.stringify(chat.messages) } catch { }  // a full disk must not end the conversation
+  update();
+}
+
+function update() {
+  const keys = Object.keys(disk).filter(key => key.startsWith("onesitting chat ")).sort().reverse();
+  for (const old of keys.splice(50)) delete disk[old];
+  if (!keys.includes(chat.key)) keys.unshift(chat.key);
+  $("chats").replaceChildren(...keys.map(key => new Option((read(key).messages[0]?.content || "(new)").slice(0, 60), key)));
+  $("chats").value = chat.key;
+  $("send").hidden = Boolean(running);
+  $("stop").hidden = !running;
+  $("log").scrollTop = $("log").scrollHeight;
+  if (matchMedia("(hover: hover)").matches) $("input").focus();  // a phone would raise its keyboard over the answer
+}
+
+function show(message) {
+  const item = element("article", message.role, "");
+  $("log").append(item);
+  fill(item, message);
+  return item;
+}
+
+function fill(item, {role, content, parts, note}) {
+  const shown = [element("h2", "", role === "user" ? "You" : "onesitting")];
+  for (const {type, text} of parts || [{type: "text", text: content}]) {
+    if (type === "text") shown.push(element("p", "", text.trim()));
+    if (type === "python") {
+      shown.push(element("div", "tool", ""));
+      shown.at(-1).append(element("b", "", "Calculator"), text.trim());
+    }
+    if (type === "output") shown.at(-1).append(` = ${text.trim()}`);
+  }
+  if (note) shown.push(element("p", "note", note));
+  item.replaceChildren(...shown);
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  while (true) {
+    const {value, done} = await reader.read();
+    if (done) throw Error("the connection ended early");
+    const whole = (text + value).split("\n\n");
+    text = whole.pop();
+    for (const event of whole) {
+      if (event === "data: [DONE]") return;
+      yield JSON.parse(event.slice("data: ".length));
+    }
+  }
+}
+
+async function send(text) {
+  if (running || !text) return;
+  const mine = chat, here = running = new AbortController();  // another chat may be on screen before this one's answer ends
+  mine.messages.push({role: "user", content: text});
+  show(mine.messages.at(-1));
+  $("input").value = "";
+  grow();
+  const body = JSON.stringify({messages: mine.messages.slice(-99), stream: true, temperature: Number($("heat").value)});
+  const reply = {role: "assistant", content: "", parts: []}, item = show(reply);
+  item.setAttribute("aria-busy", "true");  // so that it is read aloud when it is whole
+  save(mine);
+  try {
+    const response = await fetch("/v1/chat/completions", {method: "POST", body, signal: here.signal});
+    if (!response.ok) throw Error((await response.json()).error.message);
+    for await (const {error, choices} of events(response)) {
+      if (error) throw Error(error.message);
+      const {delta, finish_reason} = choices[0];
+      const piece = delta.tool || {type: "text", text: delta.content || ""};
+      if (piece.text && reply.parts.at(-1)?.type !== piece.type) reply.parts.push({type: piece.type, text: ""});
+      if (piece.text) reply.parts.at(-1).text += piece.text;
+      reply.content += delta.content || "";
+      if (finish_reason === "length") reply.note = "(the longest answer ends here)";
+      const atEnd = $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 60;
+      fill(item, reply);
+      if (atEnd) $("log").scrollTop = $("log").scrollHeight;  // who has scrolled up to read stays there
+    }
+    if (!reply.parts.length) reply.note = "(an empty answer)";
+  } catch (error) {
+    reply.note = here.signal.aborted ? "(stopped)" : `(no answer: ${error.message})`;
+    if (!here.signal.aborted && !reply.parts.length) {  // the question goes back to where it was written
+      mine.messages.pop();
+      if (mine === chat && !$("input").value) $("input").value = text;
+    }
+  }
+  item.removeAttribute("aria-busy");
+  fill(item, reply);
+  if (mine.messages.at(-1)?.role === "user") mine.messages.push(reply);
+  if (running === here) running = null;
+  save(mine);
+}
+
+function grow() {
+  $("input").style.height = "auto";
+  $("input").style.height = `${$("input").scrollHeight + 2}px`;
+}
+
+$("input").oninput = grow;
+$("input").onkeydown = event => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  send($("input").value.trim());
+};
+$("form").onsubmit = event => { event.preventDefault(); send($("input").value.trim()) };
+$("stop").onclick = () => running.abort();
+$("fresh").onclick = () => open("");
+$("chats").onchange = () => open($("chats").value);
+for (const button of document.querySelectorAll("#welcome button")) button.onclick = () => send(button.textContent);
+$("heat").oninput = () => { disk["onesitting heat"] = $("shown").textContent = $("heat").value };
+$("heat").value = disk["onesitting heat"] || 0.6;
+$("heat").oninput();
+open(disk["onesitting open"]);
+</script>
+</body>
+</html>
+"""
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def main(argv):
+    cfg = override(Config(), argv, __doc__)
+    try:
+        server = Server(cfg)  # before the model is loaded, so that a port in use shows at once
+    except (OSError, OverflowError) as error:
+        raise SystemExit(f"cannot listen on {cfg.host}:{cfg.port}: {error}; choose another with --port=N")
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        server.start()
+        server.serve_forever()
+    except KeyboardInterrupt:
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.SIG_DFL)  # ends it at once
+        print("stopping", flush=True)
+        server.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
