@@ -25,7 +25,7 @@ setup() {
             "$VENV/bin/pip" install -q --retries 0 --timeout 15 --index-url https://download.pytorch.org/whl/cpu "torch>=2.9" 2>/dev/null ||
                 echo "the CPU build of torch is out of reach, taking the one with CUDA"
         fi
-        "$VENV/bin/pip" install -q "torch>=2.9" numpy requests pytest || fail "the packages cannot be installed; see pip's message above"
+        "$VENV/bin/pip" install "torch>=2.9" numpy requests pytest || fail "the packages cannot be installed; see pip's message above"
     fi
     # build the tokenizer again when its sources have changed
     local sum
@@ -35,7 +35,6 @@ setup() {
         echo "building the tokenizer (tok.rs)"
         # where cargo is missing, the build fetches Rust by itself
         "$VENV/bin/pip" install -q --force-reinstall --no-deps . || fail "the tokenizer cannot be built; if Rust is what is missing, https://rustup.rs has it"
-        rm -rf build
         echo "$sum" >"$VENV/tok.sum"
     fi
     # shellcheck disable=SC1091

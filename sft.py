@@ -36,7 +36,7 @@ class Config:
     init: str = "base"  # the stage to start from
     fresh: bool = False  # start this stage over
     # data
-    chats: int = 12000  # conversations of the demo world
+    chats: int = 16000  # conversations of the demo world
     # optimisation
     steps: int = 240  # updates
     batch_rows: int = 16  # rows of an update, over all ranks
