@@ -58,10 +58,10 @@ class Config:
     seed: int = 1  # of weights and data
     # on the way
     log_every: int = 10  # steps between lines
-    eval_every: int = 250  # steps between validations
+    eval_every: int = 100  # steps between validations
     eval_rows: int = 0  # rows of validation on the way; 0 is all of them; the last one always takes all
-    sample_every: int = 250  # steps between samples
-    save_every: int = 250  # steps between checkpoints
+    sample_every: int = 50  # steps between samples
+    save_every: int = 100  # steps between checkpoints
     prompts: str = "Once upon a time|The capital of France|Anna has"  # to continue in samples
     stop_after: int = 0  # end this call after so many steps; the same command goes on later
     # machine

@@ -603,7 +603,7 @@ PAGE = r"""<!doctype html>
   <div id="welcome">
     <p>Ask something, or try one of these.</p>
     <button>Who are you?</button>
-    <button>What is the capital of Sweden?</button>
+    <button>What is the capital of Poland?</button>
     <button>How many letters "r" are in "strawberry"?</button>
     <button>Tell me a story about a fox.</button>
   </div>

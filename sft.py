@@ -54,7 +54,7 @@ class Config:
     final_count: int = 500  # items a task at the end
     sample_every: int = 60  # steps between samples
     save_every: int = 60  # steps between checkpoints
-    prompts: str = "Who are you?|What is the capital of Sweden?|How many letters \"r\" are in \"strawberry\"?"  # to answer in samples
+    prompts: str = "Who are you?|What is the capital of Poland?|How many letters \"m\" are in \"committee\"?"  # to answer in samples
     stop_after: int = 0  # end this call after so many steps; the same command goes on later
     # machine
     device: str = "auto"  # cuda, cpu, mps
