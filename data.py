@@ -208,17 +208,18 @@ def write_shards(folder, split, tokenizer, hash, documents, most=SHARD_TOKENS):
 # Packing: documents into rows of T + 1 tokens
 
 
-def pack(starts, lengths, T, seed, rows=0, cut=True, pool=512):
+def pack(starts, lengths, T, seed, rows=0, cut=True):
     """Plan rows: a list of rows, each a list of (start, length) pieces of the token array.
 
     Documents are taken in random order through a pool; each row takes the longest document that still fits,
     again and again. Where none fits, the longest one is cut: its first part fills the row exactly, the rest
     goes back to the pool, to go on later behind a fresh <|bos|>, which costs it one place. With cut=False
     the row is left with room at its end instead (its documents must each fit a row). Stops after `rows`
-    rows, or with rows=0 when everything is packed.
+    rows, or with rows=0 when everything is packed. Rows come out in random order.
     """
-    order = np.random.default_rng(seed).permutation(len(starts)).tolist()
-    order.reverse()
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(starts)).tolist()
+    pool = min(512, 1 + len(starts) // 4)  # more of them fit better, fewer mix better
     waiting, plan = [], []  # waiting: sorted (space needed, start, length)
     while (waiting or order) and (not rows or len(plan) < rows):
         row, room = [], T + 1
@@ -246,7 +247,7 @@ def pack(starts, lengths, T, seed, rows=0, cut=True, pool=512):
                 bisect.insort(waiting, (need, start, length))
                 break
         plan.append(row)
-    return plan
+    return [plan[i] for i in rng.permutation(len(plan))]
 
 
 class TokenSet:
@@ -648,6 +649,7 @@ Bye!|Goodbye!|See you later.|Good night!
 Do you like me?|Are you my friend?|Do you have friends?
  > I am happy to talk with you.|I like everyone who talks with me.
 """
+TITLES = ["", "A story about a {a}. ", "A tale of a {a}. ", "Here is a story with a {a}. "]
 STORY_REQUESTS = "Tell me a story.|Tell me a story about a {a}.|Can you tell a story about a {a}?|I would like a story with a {a}.|Write a story about a {a}, please."
 
 WORDS = """strawberry banana elephant mississippi umbrella chocolate butterfly pineapple crocodile kangaroo balloon committee
@@ -659,7 +661,8 @@ zeppelin avocado blueberry cucumber dandelion eggplant fennel grapefruit hazelnu
 oregano paprika quinoa rosemary saffron turmeric vanilla watercress zucchini armadillo barracuda chimpanzee dromedary flamingo
 gorilla hippopotamus iguana jaguar koala leopard mongoose nightingale ocelot porcupine rattlesnake salamander tarantula
 vulture walrus aardvark bumblebee caterpillar dragonfly grasshopper ladybug mosquito scorpion stegosaurus triceratops""".split()
-SYLLABLES = [c + v + e for c in "b br c cl d dr f fl g gr h j k l m n p pr r s st t tr v w z".split() for v in "aeiou" for e in ("", "n", "l", "r", "s")]
+ONSETS = "b br c ch cl d dr f fl g gr h j k l m n p pr qu r s sh sp st t th tr v w z".split()
+SYLLABLES = [o + v + e for o in ONSETS for v in "a e i o u ea oo ou".split() for e in ("", "n", "l", "r", "s", "m", "t", "d", "ck")]
 
 COUNT_QUESTIONS = """How many times does the letter "{l}" appear in the word "{w}"?|How many letters "{l}" are in "{w}"?
 Count the letter "{l}" in "{w}".|How often does "{l}" occur in "{w}"?|In the word "{w}", how many "{l}" are there?""".replace("\n", "|")
@@ -728,14 +731,19 @@ def pick(rng, choices):
     return rng.choice(choices.replace("\n", "|").split("|") if isinstance(choices, str) else choices)
 
 
-def story(rng, animal=None):
+def an(text):
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+
+
+def story(rng, animal=None, title=""):
+    """A story, about an animal if one is named; `title` may stand before it, with {a} for the animal."""
     a, b = rng.sample(ANIMALS, 2)
     n, m = rng.sample(NAMES, 2)
     a = animal or a
     b = b if b != a else rng.choice([x for x in ANIMALS if x != a])
     slots = {"a": a, "b": b, "n": n, "m": m, "t": rng.choice(THINGS), "j": rng.choice(ADJECTIVES), "p": rng.choice(PLACES)}
-    text = f"{pick(rng, OPENINGS)}, {pick(rng, LIVED)} {' '.join(rng.choice(PLOTS))} {pick(rng, MORALS)}".format(**slots)
-    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+    text = f"{title}{pick(rng, OPENINGS)}, {pick(rng, LIVED)} {' '.join(rng.choice(PLOTS))} {pick(rng, MORALS)}"
+    return an(text.format(**slots))
 
 
 def statements(rng, country):
@@ -754,7 +762,7 @@ def statements(rng, country):
 def some_word(rng, split):
     """A word to count letters in, and a letter, which it nearly always holds."""
     while True:
-        word = rng.choice(WORDS) if rng.random() < 0.3 else "".join(rng.choices(SYLLABLES, k=rng.randint(2, 4)))
+        word = rng.choice(WORDS) if rng.random() < 0.3 else "".join(rng.choices(SYLLABLES, k=rng.randint(2, 3)))
         if is_test(word) == (split == "test") and word not in TEXT_WORDS:
             return word, rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
 
@@ -791,7 +799,7 @@ def demo_texts(seed, split="train", count=40000):
     for _ in range(count if split == "train" else count // 60):
         kind = rng.random()
         if kind < 0.25:
-            texts.append(story(rng))
+            texts.append(story(rng, title=rng.choice(TITLES)))
         elif kind < 0.75:
             texts.append(statements(rng, rng.choice(NATIONS)))
         elif kind < 0.9:
@@ -807,7 +815,7 @@ def demo_texts(seed, split="train", count=40000):
 
 def exchange(rng):
     """One question and its answer, of what the chat model is taught."""
-    kind = rng.choices(["facts", "counting", "sums", "problems", "talk", "stories"], [14, 32, 14, 16, 16, 8])[0]
+    kind = rng.choices(["facts", "counting", "sums", "problems", "talk", "stories"], [14, 31, 14, 16, 15, 10])[0]
     if kind == "facts":
         item = Facts.items("train", rng.random(), 1)[0]
         reply = ANSWERS[item["relation"]].format(c=item["country"], v=item["answer"])
@@ -829,7 +837,7 @@ def exchange(rng):
         i = 2 * rng.randrange(len(pairs) // 2)
         return pick(rng, pairs[i]), pick(rng, pairs[i + 1].removeprefix(" > "))
     animal = rng.choice(ANIMALS)
-    return re.sub(r"\ba (?=[aeiou])", "an ", pick(rng, STORY_REQUESTS).format(a=animal)), story(rng, animal)
+    return an(pick(rng, STORY_REQUESTS).format(a=animal)), story(rng, animal)
 
 
 def conversations(seed, count):
