@@ -17,6 +17,7 @@ To add a special token, rename the next spare in SPECIALS. To add a task, write 
 import bisect
 import gzip
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -60,7 +61,9 @@ def tokenizer_hash(out):
 def adopt_tokenizer(cfg, machine):
     """Copy the tokenizer of cfg.from_ to cfg.out, so that every run's folder can be used by itself."""
     source, target = Path(cfg.from_) / "tokenizer", Path(cfg.out) / "tokenizer"
-    if machine.first and cfg.from_ and (source / "tokenizer.json").exists():
+    if machine.first and cfg.from_:
+        if not (source / "tokenizer.json").exists():
+            raise SystemExit(f"--from={cfg.from_} has no tokenizer; it wants the folder of another run")
         if (target / "tokenizer.json").exists() and tokenizer_hash(cfg.out) != tokenizer_hash(cfg.from_):
             raise SystemExit(f"{target} and {source} are different tokenizers; choose another --out=DIR")
         for name in ("ranks.tiktoken", "tokenizer.json"):
@@ -128,11 +131,11 @@ def read_file(file):
 def text_field(item, where):
     try:
         item = json.loads(item) if isinstance(item, str) else item
-        if isinstance(item["text"], str):
-            return item["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        item["text"].encode()  # half a surrogate pair is valid JSON and no text
+        return item["text"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise SystemExit(f"{where}: wanted an object with a string field `text`, got {str(item)[:60]!r}")
+    raise SystemExit(f"{where}: wanted an object with a string field `text`, got {ascii(item)[:60]}")
 
 
 # -----------------------------------------------------------------------------
@@ -188,11 +191,13 @@ def write_shards(folder, split, tokenizer, hash, documents, most=SHARD_TOKENS):
     """
     bos = tokenizer.special("<|bos|>")
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"{split}_*"):  # of a preparation that was cut short
+        old.unlink()
     spool = folder / f"{split}.part"
     with open(spool, "wb") as f:
         for ids in encode_documents(tokenizer, documents, bos):
             f.write(ids.tobytes())
-    tokens = np.fromfile(spool, np.uint16)
+    tokens = np.memmap(spool, np.uint16, "r")
     count = max(1, -(-len(tokens) // most))
     each = len(tokens) // count
     for i in range(count):
@@ -250,6 +255,9 @@ def pack(starts, lengths, T, seed, rows=0, cut=True):
     return [plan[i] for i in rng.permutation(len(plan))]
 
 
+PACK_HASH = hashlib.sha256(inspect.getsource(pack).encode()).hexdigest()[:8]  # another way to pack, another plan
+
+
 class TokenSet:
     """Token arrays that batches are drawn from: shards on disk, or conversations in memory.
 
@@ -268,7 +276,7 @@ class TokenSet:
         """Rows of one shard: (offsets into pieces, pieces as (start, length)). Made once, cached beside it."""
         key = (shard, T, seed)
         if key not in self.plans:
-            cache = self.paths and self.paths[shard].with_suffix(f".T{T}.seed{seed}.npz")
+            cache = self.paths and self.paths[shard].with_suffix(f".T{T}.seed{seed}.{PACK_HASH}.npz")
             if cache and cache.exists() and cache.stat().st_mtime >= self.paths[shard].stat().st_mtime:
                 with np.load(cache) as f:
                     self.plans[key] = f["offsets"], f["pieces"]
@@ -355,6 +363,16 @@ def is_held_out(text):
     return zlib.crc32(text.encode()) % 100 == 0
 
 
+def split_documents(path):
+    """(training documents, an iterator; validation documents, a list) of a path that has to serve for both."""
+    val = [t for t in read_documents(path) if is_held_out(t)]
+    if val and any(not is_held_out(t) for t in read_documents(path)):
+        return (t for t in read_documents(path) if not is_held_out(t)), val
+    *rest, last = read_documents(path)  # one long document, or a handful: hold out the last tenth of the last
+    cut = max(1, len(last) * 9 // 10)
+    return iter([*rest, last[:cut]]), [last[cut:] or last]
+
+
 def prepare(cfg, machine):
     """Make sure that cfg.out (or cfg.from_) has a tokenizer and shards of cfg.data; return what a stage needs.
 
@@ -363,16 +381,17 @@ def prepare(cfg, machine):
     """
     name = Path(cfg.data).name.split(".")[0] if cfg.data else "demo"
     folder, borrowed = Path(cfg.out) / "data" / name, Path(cfg.from_ or cfg.out) / "data" / name
-    source = [str(cfg.data), str(cfg.val_data), cfg.val_documents]
+    source = [str(cfg.data) or f"demo, seed {cfg.seed}", str(cfg.val_data), cfg.val_documents]
     adopt_tokenizer(cfg, machine)
     if machine.first:
         if (borrowed / "meta.json").exists():
             folder = borrowed
         if not (Path(cfg.out) / "tokenizer" / "tokenizer.json").exists():
             start = time.time()
-            texts = demo_texts(cfg.seed) if not cfg.data else (t for t in read_documents(cfg.data) if cfg.val_data or not is_held_out(t))
-            if not cfg.data:
-                texts = [*texts, *(text_of(m) for m in conversations(cfg.seed, 4000))]
+            if cfg.data:
+                texts = read_documents(cfg.data) if cfg.val_data else split_documents(cfg.data)[0]
+            else:
+                texts = [*demo_texts(cfg.seed), *(text_of(m) for m in conversations(cfg.seed, 4000))]
             try:
                 trained = Tokenizer.train(texts, cfg.vocab_size, SPECIALS)
             except ValueError as error:
@@ -381,6 +400,8 @@ def prepare(cfg, machine):
             machine.print(f"tokenizer: {trained.vocab_size} tokens, trained in {time.time() - start:.1f} s")
     machine.barrier()
     tokenizer, hash = load_tokenizer(cfg.out)
+    if tokenizer.vocab_size != cfg.vocab_size:
+        machine.print(f"note: the tokenizer in {cfg.out} has {tokenizer.vocab_size} tokens; --vocab_size={cfg.vocab_size} is for a new one")
     if tokenizer.vocab_size > 65536:
         raise SystemExit(f"a vocabulary of {tokenizer.vocab_size} does not fit token shards of 16 bits; at most 65536")
     if machine.first:
@@ -394,12 +415,7 @@ def prepare(cfg, machine):
             elif cfg.val_data:
                 train, val = read_documents(cfg.data), list(read_documents(cfg.val_data, cfg.val_documents))
             else:
-                val = [t for t in read_documents(cfg.data) if is_held_out(t)]
-                train = (t for t in read_documents(cfg.data) if not is_held_out(t))
-                if not val:  # one long document, or a handful: the last tenth of the last one
-                    *rest, last = read_documents(cfg.data)
-                    split = max(1, len(last) * 9 // 10)
-                    train, val = [*rest, last[:split]], [last[split:] or last]
+                train, val = split_documents(cfg.data)
             count = write_shards(folder, "train", tokenizer, hash, train)
             held = write_shards(folder, "val", tokenizer, hash, val, most=2**40)
             meta = {"source": source, "tokens": count, "val_tokens": held, "tokenizer": hash}
@@ -718,8 +734,10 @@ A bus takes {b} children. How many buses do {a} children need?
 {n} saves {b} coins a week. After how many weeks does {n} have {a} coins?""",
 }
 PROBLEMS_SHOWN = 3
+TABLES = [STATEMENTS, PRONOUNS, QUESTIONS, ANSWERS, COUNTRIES, NAMES, ANIMALS, ADJECTIVES, PLACES, THINGS, PLOTS, OPENINGS, LIVED]
+TABLES += [MORALS, TITLES, STORY_REQUESTS, SMALL_TALK, COUNT_QUESTIONS, SUMS, NOTES, PROBLEMS]
 # made-up words to count letters in are to be none of the words that texts are made of
-TEXT_WORDS = set(re.findall("[a-z]+", json.dumps([STATEMENTS, PRONOUNS, QUESTIONS, PLOTS, PLACES, THINGS, PROBLEMS, SUMS, SMALL_TALK, LIVED])))
+TEXT_WORDS = set(re.findall("[a-z]+", json.dumps(TABLES)))
 
 
 def is_test(*key):
@@ -942,7 +960,7 @@ class PrepareConfig:
     val_data: str = ""  # fixed validation text; empty holds out one document in a hundred
     val_documents: int = 0  # use only so many documents of val_data; 0 is all
     vocab_size: int = 2048  # of a tokenizer that has to be trained
-    seed: int = 1  # of the demo world
+    seed: int = 1  # of the demo world, and of its packing
 
 
 def main(argv):
@@ -975,4 +993,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit(130)

@@ -35,7 +35,9 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -64,7 +66,8 @@ def override(cfg, argv, manual=""):
     for arg in argv:
         if arg in ("-h", "--help"):
             print(manual.strip() + "\n\nknobs (--key=value):")
-            print("\n".join(line for line in inspect.getsource(type(cfg)).splitlines()[1:] if line.startswith("    ")))
+            source = textwrap.dedent(inspect.getsource(type(cfg)))
+            print("\n".join(line for line in source.splitlines() if line.startswith("    ")))
             raise SystemExit(0)
         match = re.fullmatch(r"--([A-Za-z_]\w*)(?:=(.*))?", arg, re.DOTALL)
         if not match or match[1] not in fields:
@@ -113,7 +116,6 @@ class Machine:
         """Sum a number over all ranks."""
         if self.world == 1:
             return value
-        # fp64 keeps counts exact; only MPS lacks it, and MPS runs one process
         box = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(box)
         return box.item()
@@ -141,25 +143,27 @@ def start_machine(device="auto", dtype="auto", threads=0, deterministic=False):
 
     bf16 is used where the hardware multiplies it natively (CUDA from Ampere on, CPUs with AVX512-BF16 or
     AMX), fp32 elsewhere. CPUs always run deterministic algorithms, CUDA where asked, at some cost in speed.
+    Apple's GPU is left out: it has no fp64, which sampling uses.
     """
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cuda", "cpu") or (device == "cuda" and not torch.cuda.is_available()):
+        raise SystemExit(f"--device={device} is not to be had here: auto, cpu, or cuda where torch finds a CUDA GPU")
     device = torch.device(device, local if device == "cuda" else None)
     if dtype == "auto":
         if device.type == "cuda":
-            if torch.cuda.get_device_capability(device)[0] < 8:
-                raise SystemExit(f"{torch.cuda.get_device_name(device)} has no bf16, and fp16 is not supported: use --dtype=float32")
-            dtype = "bfloat16"
+            fast = torch.cuda.get_device_capability(device)[0] >= 8
         else:
             flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-            fast = device.type == "cpu" and re.search(r"avx512_bf16|amx_bf16", flags)
-            dtype = "bfloat16" if fast else "float32"
+            fast = re.search(r"avx512_bf16|amx_bf16", flags)
+        dtype = "bfloat16" if fast else "float32"
     if dtype not in ("bfloat16", "float32"):
-        raise SystemExit(f"--dtype={dtype} is not supported: bfloat16 or float32")
+        raise SystemExit(f"--dtype={dtype} is not supported: bfloat16 or float32 (fp16 would need loss scaling)")
     if not threads and device.type == "cpu":
         # torchrun sets OMP_NUM_THREADS to 1; the cores are shared out between local ranks instead
-        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if threads:
         torch.set_num_threads(threads)
     if device.type == "cpu" or deterministic:
@@ -169,7 +173,8 @@ def start_machine(device="auto", dtype="auto", threads=0, deterministic=False):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # rank 0 may prepare data for hours while the others wait at a barrier
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return Machine(device, getattr(torch, dtype), rank, world, torch.get_num_threads())
 
 
@@ -248,7 +253,7 @@ class KVCache:
         slots = torch.arange(B, device=k.device) if self.rows is None else self.rows
         for new, store in ((k, self.k[layer]), (v, self.v[layer])):
             store[slots[:, None], :, index] = new.to(store.dtype)
-            out.append((store[:B] if self.rows is None else store[self.rows])[:, :, : self.span])
+            out.append(store[:B, :, : self.span] if self.rows is None else store[self.rows, :, : self.span])
         return out
 
     def copy(self, source, targets, length):
@@ -363,13 +368,14 @@ class GPT(nn.Module):
                 self.angles = (angle.cos().float().to(device), angle.sin().float().to(device))
         return self.angles
 
-    def forward(self, ids, targets=None, cache=None, pos=None):
+    def forward(self, ids, targets=None, cache=None, pos=None, fill=False):
         """One forward for training, prefill and decoding.
 
         ids      (B, T) token ids
         targets  (B, T) the token that follows each, -1 where nothing is supervised
         cache    KVCache to read and extend, with
         pos      (B,) the position of each row's first token
+        fill     only fill the cache and return None: a prompt's logits are large, and nobody needs them
 
         Returns the logits (B, T, V) in fp32, or, given targets, the loss of each token in nats (B, T) in
         fp32, zero where nothing is supervised. Sums and means are the caller's: it alone knows the counts.
@@ -387,6 +393,8 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             value = self.values[str(i)](ids).to(self.dtype) if str(i) in self.values else None  # (B, T, G*D)
             x = block(x, value, cos, sin, cache, index)
+        if fill:
+            return None
         logits = self.unembed(norm(x))[..., : self.cfg.vocab_size].float()  # (B, T, V); padding is cut off
         logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
         if targets is None:
@@ -526,8 +534,17 @@ FREE_KNOBS = {"out", "fresh", "device", "dtype", "threads", "compile", "determin
 FREE_KNOBS |= {"log_every", "eval_every", "eval_rows", "eval_count", "final_count", "sample_every", "save_every"}
 
 
-def find_resume(folder, cfg, machine):
-    """The checkpoint to go on from, or None for a fresh start. Stops when it was made with another config."""
+def parent_hash(folder):
+    """Names the last checkpoint of an earlier stage, for the stage that starts from it."""
+    found = latest(folder)
+    return found and hashlib.sha256((found / "state.json").read_bytes()).hexdigest()[:16]
+
+
+def find_resume(folder, cfg, machine, parent=None):
+    """The checkpoint to go on from, or None for a fresh start.
+
+    Stops when it was made with another config, or from another checkpoint of the stage before (`parent`).
+    """
     if cfg.fresh:
         if machine.first:
             shutil.rmtree(folder, ignore_errors=True)
@@ -542,6 +559,8 @@ def find_resume(folder, cfg, machine):
     if changed:
         changed = "; ".join(f"{k}={theirs.get(k)!r} became {ours.get(k)!r}" for k in changed)
         raise SystemExit(f"{found} has another config ({changed}): --out=DIR for a new run, or --fresh to start this one over")
+    if parent and state["parent"] != parent:
+        raise SystemExit(f"{found} did not start from the {cfg.init} model there is now: --out=DIR, or --fresh to start over")
     if state["code"] != code_hash():
         machine.print("note: the code has changed since this run's last checkpoint; going on with the new code")
     if (state["threads"], state["world"]) != (machine.threads, machine.world):

@@ -17,11 +17,12 @@ What each does to a gradient g, side by side (functions `adamw` and `muon` below
             Jordan et al. 2024, kellerjordan.github.io/posts/muon
 
 Both turn a gradient into a direction of the same shape, and both work on independent rows: a number for
-AdamW, a matrix for Muon. So one scheme shares out both (ZeRO-2; Rajbhandari et al. 2019, arXiv 1910.02054):
+AdamW, a matrix for Muon. So one scheme shares out both (ZeRO-1; Rajbhandari et al. 2019, arXiv 1910.02054):
 the rows of a parameter (or of a stack of matrices of one shape) are padded to a multiple of the world size;
 a reduce-scatter gives each rank the summed gradient of its own rows, it keeps the state of those rows alone
 (the 8 and 4 bytes above are divided by the world size) and computes their directions, and an all-gather
 hands everyone all directions. Parameters need not divide evenly, and the result is that of one process.
+While a step runs, the stacked gradients, which then turn into directions, take another 4 bytes a parameter.
 
 Left out: learning-rate schedules (they stay with the stage, which passes `lr_scale`), gradient clipping
 (neither update grows with the gradient).
@@ -97,6 +98,8 @@ class Block:
         """Stack the gradients and begin the reduce-scatter; a parameter without a gradient counts as zero."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         g = torch.stack(grads) if self.group["kind"] == "muon" else grads[0].flatten()
+        for p in self.params:
+            p.grad = None  # the stack holds it now
         self.mine, self.work = g, None
         if self.world > 1:
             self.mine = g.new_empty((self.per, *g.shape[1:]))
@@ -141,7 +144,8 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self, lr_scale=1.0):
-        """One update of all parameters from their .grad. All ranks call it; communication overlaps the work."""
+        """One update of all parameters from their .grad, which are None afterwards. All ranks call it, and their
+        communication overlaps the work."""
         self.steps += 1
         for block in self.blocks:
             block.start()
@@ -149,11 +153,6 @@ class MuonAdamW:
             block.update(self.steps)
         for block in self.blocks:
             block.finish(lr_scale)
-
-    def zero_grad(self):
-        for block in self.blocks:
-            for p in block.params:
-                p.grad = None
 
     def shard(self):
         """This rank's part of the state. Learning rates are no part of it: a rate set after load() holds."""

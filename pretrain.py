@@ -4,9 +4,9 @@ Pretraining: from random weights to a model that continues text.
     python pretrain.py                                             # the demo world, on whatever this machine has
     python pretrain.py --data=FOLDER --val_data=FILE --depth=4     # your own text
     torchrun --nproc_per_node=8 pretrain.py --depth=20 --seq_len=2048 --vocab_size=65536 --data=FOLDER
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py ...
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --out=SHARED ...
 
-Writes out/base/step_NNNNNN. Kill it at any moment and run the same command: it goes on from the last
+Several nodes share one folder. Writes out/base/step_NNNNNN. Kill it at any moment and run the same command: it goes on from the last
 checkpoint with the same data, and on CPU ends with the same bits. `dial` below says what follows from --depth.
 """
 
@@ -33,7 +33,7 @@ class Config:
     # where things are
     out: str = "out"  # folder of the run
     from_: str = ""  # take tokenizer and data from another run's folder
-    fresh: bool = False  # start this stage over
+    fresh: bool = False  # start this stage over; to go on later, leave it out
     # data
     data: str = ""  # file or folder of .txt, .jsonl, .json, also .gz; empty is the demo world
     val_data: str = ""  # fixed validation text; empty holds out one document in a hundred
@@ -65,7 +65,7 @@ class Config:
     prompts: str = "Once upon a time|The capital of France|Anna has"  # to continue in samples
     stop_after: int = 0  # end this call after so many steps; the same command goes on later
     # machine
-    device: str = "auto"  # cuda, cpu, mps
+    device: str = "auto"  # cuda, cpu
     dtype: str = "auto"  # bfloat16, float32
     threads: int = 0  # CPU threads; 0 shares all cores between the ranks
     compile: bool = False  # torch.compile the training forward
@@ -104,6 +104,8 @@ def main(argv):
     model = GPT(shape, machine.dtype)
     cfg = dial(cfg, model)
     rows = cfg.batch_tokens // cfg.seq_len  # of an update, over all ranks
+    if not rows:
+        raise SystemExit(f"--batch_tokens={cfg.batch_tokens} is less than one row of --seq_len={cfg.seq_len} tokens")
     folder = f"{cfg.out}/base"
 
     found = find_resume(folder, cfg, machine)
@@ -150,14 +152,13 @@ def main(argv):
             (loss / max(1, count)).backward()
             nats += loss.detach()
         optimizer.step(lr_scale(step, cfg))
-        optimizer.zero_grad()
         # ------------------------------------------
 
         loss = machine.sum(nats.item()) / max(1, count)
         seconds.append(time.time() - t0)
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
             pace = sorted(seconds[-20:])[len(seconds[-20:]) // 2]  # the median: one slow step says nothing
-            speed, left = cfg.batch_tokens / pace, pace * (cfg.steps - step - 1)
+            speed, left = rows * cfg.seq_len / pace, pace * (cfg.steps - step - 1)
             rate = f"rate x{lr_scale(step, cfg):.2f}  {speed:,.0f} tokens/s"
             machine.print(f"step {step:5}/{cfg.steps}  loss {loss:.4f}  {rate}  {left / 60:.1f} min left")
             figures = {"loss": loss, "tokens_per_second": speed, "gflops": speed * flops / 1e9}

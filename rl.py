@@ -30,8 +30,8 @@ import torch.distributed as dist
 
 from data import TASKS, adopt_tokenizer, load_tokenizer, parse, render, visible
 from evals import record, run_tasks, task_figures
-from gpt import find_resume, load_model, load_optimizer, lock_folder, log_metrics
-from gpt import override, save_checkpoint, start_machine, trim_metrics
+from gpt import find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
+from gpt import override, parent_hash, save_checkpoint, start_machine, trim_metrics
 from optim import build
 from sample import Engine, Params
 
@@ -44,7 +44,7 @@ class Config:
     out: str = "out"  # folder of the run
     from_: str = ""  # take tokenizer and earlier stages from another run's folder
     init: str = "sft"  # the stage to start from
-    fresh: bool = False  # start this stage over
+    fresh: bool = False  # start this stage over; to go on later, leave it out
     # data
     task: str = "arithmetic"  # whose problems and grader, from TASKS in data.py
     # optimisation
@@ -66,7 +66,7 @@ class Config:
     save_every: int = 30  # steps between checkpoints
     stop_after: int = 0  # end this call after so many steps; the same command goes on later
     # machine
-    device: str = "auto"  # cuda, cpu, mps
+    device: str = "auto"  # cuda, cpu
     dtype: str = "auto"  # bfloat16, float32
     threads: int = 0  # CPU threads; 0 shares all cores between the ranks
     deterministic: bool = False  # the same bits on CUDA too, slower
@@ -121,12 +121,15 @@ def main(argv):
         raise SystemExit(f"--task={cfg.task}: there are {', '.join(TASKS)}")
     machine = start_machine(cfg.device, cfg.dtype, cfg.threads, cfg.deterministic)
     lock_folder(cfg.out, machine)
-    home, folder = cfg.from_ or cfg.out, f"{cfg.out}/rl"
+    folder = f"{cfg.out}/rl"
+    here = cfg.init != "rl" and latest(f"{cfg.out}/{cfg.init}")  # a stage of this run's own comes first
+    home = cfg.out if here or not cfg.from_ else cfg.from_
     adopt_tokenizer(cfg, machine)
     tokenizer, hash = load_tokenizer(cfg.out)
     task = TASKS[cfg.task]
 
-    found = find_resume(folder, cfg, machine)
+    parent = parent_hash(f"{home}/{cfg.init}")
+    found = find_resume(folder, cfg, machine, parent)
     model, state = load_model(found or f"{home}/{cfg.init}", machine, hash)
     optimizer = build(model, cfg.lr_matrix, cfg.lr_embed, cfg.lr_unembed, rank=machine.rank, world=machine.world)
     start = state["step"] if found else 0
@@ -151,7 +154,7 @@ def main(argv):
         if last:
             record(cfg.out, machine, "rl", figures, time.time() - clock, {name: r[2] for name, r in results.items()})
         if step > start and (last or step % cfg.save_every == 0 or step == start + cfg.stop_after):
-            state = {"stage": "rl", "config": dataclasses.asdict(cfg), "tokenizer": hash, "seconds": time.time() - clock}
+            state = {"stage": "rl", "config": dataclasses.asdict(cfg), "tokenizer": hash, "seconds": time.time() - clock, "parent": parent}
             save_checkpoint(folder, step, model, optimizer, machine, state)
         if last or (cfg.stop_after and step == start + cfg.stop_after):
             break
@@ -168,9 +171,9 @@ def main(argv):
             nats = model(ids, targets)  # (B, T), minus the log-probability of each sampled token
             ((advantages[:, None] * nats).sum() / count).backward()
         optimizer.step(lr_scale(step, cfg))
-        optimizer.zero_grad()
         # ------------------------------------------
 
+        machine.sync()
         seconds.append(time.time() - t0)
         if machine.first and step % cfg.sample_every == 0:
             for question, text, reward in shown:

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# bash run.sh          set up this machine and run the recipe that suits it: the demo on a CPU, more on GPUs
+# bash run.sh          set up this machine and train a chat model: the demo, or with DATA one sized for this machine
 # bash run.sh test     set up and run the tests
 # bash run.sh serve    set up and start the chat page
 # Further words go to the program: `bash run.sh serve --port=9000`, `bash run.sh test -k muon`.
 # OUT=DIR is the run's folder (out). DATA=PATH trains on your own text. A second call does only what is not done yet.
 set -euo pipefail
+DATA=${DATA:+$(realpath "$DATA")}
 cd "$(dirname "$0")"
-OUT=${OUT:-out} DATA=${DATA:-} VENV=$PWD/.venv
+OUT=${OUT:-out} VENV=$PWD/.venv
 
 fail() { echo "run.sh: $*" >&2; exit 1; }
 
@@ -56,7 +57,7 @@ serve)
     ;;
 all)
     setup
-    n=$(gpus)
+    n=$(python -c 'import torch; print(torch.cuda.device_count())')
     run() { if [ "$n" -gt 1 ]; then torchrun --standalone --nproc_per_node="$n" "$@"; else python "$@"; fi; }
     if [ -z "$DATA" ]; then
         # the demo: three layers learn the embedded world, in minutes on a CPU; more GPUs would not help

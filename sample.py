@@ -190,7 +190,7 @@ class Engine:
         ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in slots_of], device=self.device)
         self.cache.rows = torch.tensor([slots[0] for slots in slots_of.values()], device=self.device)
         self.cache.span = longest
-        self.model(ids, cache=self.cache, pos=torch.zeros(len(ids), dtype=torch.long, device=self.device))
+        self.model(ids, cache=self.cache, pos=torch.zeros(len(ids), dtype=torch.long, device=self.device), fill=True)
         for prompt, slots in slots_of.items():
             if len(slots) > 1:
                 self.cache.copy(slots[0], slots[1:], len(prompt))
@@ -332,7 +332,10 @@ def main(argv):
         if not cfg.prompt:
             raise SystemExit("the base model continues text: give it some with -p, or chat with a later stage")
         print(cfg.prompt, end="")
-        answer(engine, [tokenizer.special("<|bos|>"), *tokenizer.encode(cfg.prompt)], cfg, cfg.seed)
+        try:
+            answer(engine, [tokenizer.special("<|bos|>"), *tokenizer.encode(cfg.prompt)], cfg, cfg.seed)
+        except ValueError as error:
+            raise SystemExit(str(error))
         return
     messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
     if not cfg.prompt:
@@ -363,4 +366,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit(130)

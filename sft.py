@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from data import TASKS, adopt_tokenizer, batch, chat_set, conversations, load_tokenizer, render
 from evals import record, run_tasks, task_figures
-from gpt import compile_model, find_resume, load_model, load_optimizer, lock_folder, log_metrics
-from gpt import override, save_checkpoint, start_machine, trim_metrics
+from gpt import compile_model, find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
+from gpt import override, parent_hash, save_checkpoint, start_machine, trim_metrics
 from optim import build
 from sample import Engine, Params
 
@@ -34,7 +34,7 @@ class Config:
     out: str = "out"  # folder of the run
     from_: str = ""  # take tokenizer and earlier stages from another run's folder
     init: str = "base"  # the stage to start from
-    fresh: bool = False  # start this stage over
+    fresh: bool = False  # start this stage over; to go on later, leave it out
     # data
     chats: int = 16000  # conversations of the demo world
     # optimisation
@@ -57,7 +57,7 @@ class Config:
     prompts: str = "Who are you?|What is the capital of Poland?|How many letters \"m\" are in \"committee\"?"  # to answer in samples
     stop_after: int = 0  # end this call after so many steps; the same command goes on later
     # machine
-    device: str = "auto"  # cuda, cpu, mps
+    device: str = "auto"  # cuda, cpu
     dtype: str = "auto"  # bfloat16, float32
     threads: int = 0  # CPU threads; 0 shares all cores between the ranks
     compile: bool = False  # torch.compile the training forward
@@ -73,11 +73,14 @@ def main(argv):
     cfg = override(Config(), argv, __doc__)
     machine = start_machine(cfg.device, cfg.dtype, cfg.threads, cfg.deterministic)
     lock_folder(cfg.out, machine)
-    home, folder = cfg.from_ or cfg.out, f"{cfg.out}/sft"
+    folder = f"{cfg.out}/sft"
+    here = cfg.init != "sft" and latest(f"{cfg.out}/{cfg.init}")  # a stage of this run's own comes first
+    home = cfg.out if here or not cfg.from_ else cfg.from_
     adopt_tokenizer(cfg, machine)
     tokenizer, hash = load_tokenizer(cfg.out)
 
-    found = find_resume(folder, cfg, machine)
+    parent = parent_hash(f"{home}/{cfg.init}")
+    found = find_resume(folder, cfg, machine, parent)
     model, state = load_model(found or f"{home}/{cfg.init}", machine, hash)
     T = model.cfg.seq_len
     rates = (cfg.lr_matrix, cfg.lr_embed, cfg.lr_unembed, cfg.weight_decay)
@@ -106,7 +109,7 @@ def main(argv):
         if last:
             record(cfg.out, machine, "sft", figures, time.time() - clock, {name: r[2] for name, r in results.items()})
         if step > start and (last or step % cfg.save_every == 0 or step == start + cfg.stop_after):
-            state = {"stage": "sft", "config": dataclasses.asdict(cfg), "tokenizer": hash, "seconds": time.time() - clock}
+            state = {"stage": "sft", "config": dataclasses.asdict(cfg), "tokenizer": hash, "seconds": time.time() - clock, "parent": parent}
             save_checkpoint(folder, step, model, optimizer, machine, state)
         if last or (cfg.stop_after and step == start + cfg.stop_after):
             break
@@ -121,7 +124,6 @@ def main(argv):
             (loss / max(1, count)).backward()
             nats += loss.detach()
         optimizer.step(lr_scale(step, cfg))
-        optimizer.zero_grad()
         # ------------------------------------------
 
         loss = machine.sum(nats.item()) / max(1, count)

@@ -19,6 +19,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -862,6 +863,7 @@ def test_reading_documents(tmp_path):
     [
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', "line 2.*`text`"),
         ("a.jsonl", b'{"text": "x"\n', "line 1"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1"),
         ("a.json", b"[1", "not JSON"),
         ("a.txt", b"\xff\xfe", "UTF-8"),
         ("a.txt", b"", "no text"),
@@ -873,6 +875,14 @@ def test_bad_documents_get_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit, match=message):
         list(data.read_documents(tmp_path))
+
+
+def test_a_single_document_serves_for_both(tmp_path):
+    text = next(t for t in (f"text {i}" for i in range(1000)) if data.is_held_out(t))
+    for content in (text, text + "?"):
+        (tmp_path / "a.txt").write_text(content)
+        train, val = data.split_documents(tmp_path / "a.txt")
+        assert "".join([*train, *val]) == content and val[0]
 
 
 CHAT = [
@@ -1044,7 +1054,7 @@ class Scripted(torch.nn.Module):
         self.cfg, self.dtype, self.script, self.prompt = cfg, torch.float32, script, prompt
         self.embed = torch.nn.Embedding(1, 1)
 
-    def forward(self, ids, cache=None, pos=None):
+    def forward(self, ids, cache=None, pos=None, fill=False):
         logits = torch.zeros(*ids.shape, self.cfg.vocab_size)
         for b, p in enumerate(pos.tolist()):
             at = p + ids.size(1) - self.prompt
@@ -1213,6 +1223,23 @@ def test_another_config_stops_and_names_both_ways_out(tiny_run):
     code, printed = run("pretrain.py", f"--out={tiny_run}", *TINY, "--depth=2", check=False)
     assert code and "--out=" in printed and "--fresh" in printed and "depth=1 became 2" in printed and "Traceback" not in printed
     assert gpt.latest(tiny_run / "base")
+
+
+@pytest.mark.parametrize(
+    "knob, message",
+    [("--batch_tokens=32", "less than one row"), ("--from=nowhere", "no tokenizer"), ("--device=gpu", "auto, cpu, or cuda"), ("--dtype=fp16", "bfloat16")],
+)
+def test_bad_knobs_get_one_line(knob, message, tmp_path):
+    code, printed = run("pretrain.py", f"--out={tmp_path}", *TINY, knob, check=False)
+    assert code and message in printed and "Traceback" not in printed
+
+
+def test_a_stage_notices_another_parent(tiny_run, tmp_path):
+    out = shutil.copytree(tiny_run, tmp_path / "copy")
+    path = gpt.latest(out / "base") / "state.json"
+    path.write_text(path.read_text().replace('"seconds"', '"Seconds"'))
+    code, printed = run("sft.py", f"--out={out}", *TINY_SFT, check=False)
+    assert code and "did not start from the base model there is now" in printed and "--fresh" in printed
 
 
 def test_one_writer_a_folder(tiny_run):
@@ -1550,7 +1577,6 @@ def bench_train(depths=(4, 12, 20) if torch.cuda.is_available() else (2, 3, 4)):
         def step():
             (forward(ids[:, :-1], ids[:, 1:]).sum() / ids.numel()).backward()
             optimizer.step()
-            optimizer.zero_grad()
             machine.sync()
 
         step(), step()
