@@ -76,8 +76,8 @@ def dial(cfg, model):
     """What follows from the depth, where the command line does not say otherwise.
 
     Batch and horizon grow with the model: about 16 tokens for each weight that multiplies, in updates of
-    16k tokens at depth 4 and 512k at depth 20. Rates are those found at depth 4 and hold at others, since
-    Muon's update and AdamW's 1/sqrt(width) (in optim.py) do not depend on size.
+    16k tokens at depth 4 and 512k at depth 20. The rates were tried at depths 3 and 4; they should carry to others,
+    since Muon's update does not depend on size and AdamW's rates go with 1/sqrt(width) (in optim.py).
     """
     sizes, _ = model.sizes()
     cfg.batch_tokens = cfg.batch_tokens or max(cfg.seq_len, 2 ** round(14 + 2.15 * torch.tensor(cfg.depth / 4).log2().item()))

@@ -1331,19 +1331,14 @@ def untrained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(untrained):
-    """The address of a server with two slots and two places to wait; stopped by SIGTERM while it writes an answer."""
+    """The address of a server with two slots and two places to wait; stopped by SIGTERM."""
     knobs = "--port=0 --slots=2 --queue=2 --max_body=20000 --device=cpu --dtype=float32 --threads=1".split()
     command = [sys.executable, "serve.py", f"--out={untrained}", *knobs]
     process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         url = re.match(r"(http://\S+)/ serves", process.stdout.readline())[1]
         yield url, process
-        request = long_request(url)
-        with connect(url) as client:
-            client.sendall(request)
-            client.recv(1000)
-            process.terminate()
-            assert b"data: [DONE]" in read_all(client)
+        process.terminate()
         assert process.wait(20) == 0
         assert "Traceback" not in process.stdout.read()
     finally:
@@ -1416,6 +1411,22 @@ def test_serve_answers(server, untrained):
 
     both = [c["message"] for c in chat(url, n=2).json()["choices"]]
     assert both == [chat(url, seed=seed).json()["choices"][0]["message"] for seed in (5, 6)]
+
+
+def test_serve_finishes_running_answers_at_sigterm(untrained):
+    command = [sys.executable, "serve.py", f"--out={untrained}", *"--port=0 --device=cpu --dtype=float32 --threads=1".split()]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        url = re.match(r"(http://\S+)/ serves", process.stdout.readline())[1]
+        request = long_request(url)
+        with connect(url) as client:
+            client.sendall(request)
+            client.recv(1000)
+            process.terminate()
+            assert b"data: [DONE]" in read_all(client)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
 
 
 def test_serve_stop_strings(server):
