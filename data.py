@@ -6,15 +6,18 @@ tasks with their graders, and the demo world.
     python data.py encode "Hello, 你好" --out=out       # how a text becomes pieces, ids and bytes
     python data.py prepare --data=FOLDER --out=out     # tokenizer and shards alone, without training
 
-Text is a file or folder of .txt, .jsonl or .json (field `text`), each also as .gz. Token shards have the
-layout that llm.c and modded-nanogpt read: 256 int32 of header, then uint16 ids. Everything random is a
-pure function of a seed and a step, so that nothing needs a cursor to be saved and resumed.
+Text is a file or folder of .txt, .jsonl or .json (field `text`), each also as .gz, or .parquet where pyarrow is
+installed. Conversations are .jsonl with `messages`. Token shards have the layout that llm.c and modded-nanogpt
+read: 256 int32 of header, then uint16 ids. Everything random is a pure function of a seed and a step, so that
+nothing needs a cursor to be saved and resumed.
 
-To add a special token, rename the next spare in SPECIALS. To add a task, write a class with `items` and
-`grade` and name it in TASKS. To change what the chat model is taught, edit `conversations`.
+To add a special token, rename the next spare in SPECIALS. To split text in another way before merging, edit
+SPLIT. To add a task, write a class with `items` and `grade` and name it in TASKS. To change what the chat model
+of the demo is taught, edit `exchange`.
 """
 
 import bisect
+import functools
 import gzip
 import hashlib
 import inspect
@@ -22,17 +25,17 @@ import json
 import os
 import random
 import re
-import sys
 import time
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tok import Tokenizer
+from tok import PATTERN, Tokenizer
 
-from gpt import override, write_whole
+from gpt import command, override, write_whole
 
 # -----------------------------------------------------------------------------
 # Tokenizer: the special tokens take the last ids, in this order; a new one takes the next spare's place
@@ -40,6 +43,7 @@ from gpt import override, write_whole
 SPECIALS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
 SPECIALS += ["<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
 SPECIALS += [f"<|spare_{i}|>" for i in range(len(SPECIALS), 16)]
+SPLIT = PATTERN  # how text is cut before merging: GPT-4's pattern, with digits in groups of one or two
 
 
 def load_tokenizer(out):
@@ -75,16 +79,33 @@ def adopt_tokenizer(cfg, machine):
 # Documents
 
 
-def text_files(path):
-    """The text files under a path, sorted by name."""
-    path = Path(path)
+def text_files(path, kinds=("txt", "jsonl", "json", "parquet")):
+    """The files of these kinds under a path, sorted by name."""
+    path, known = Path(path), ", ".join(f".{kind}" for kind in kinds)
     if not path.exists():
-        raise SystemExit(f"{path} does not exist; --data wants a file or folder of .txt, .jsonl or .json, also as .gz")
-    names = ("*.txt", "*.jsonl", "*.json", "*.txt.gz", "*.jsonl.gz", "*.json.gz")
-    files = [path] if path.is_file() else sorted(f for name in names for f in path.rglob(name))
+        raise SystemExit(f"{path} does not exist; --data wants a file or folder of {known}, also as .gz")
+    files = [path] if path.is_file() else sorted(f for k in kinds for end in ("", ".gz") for f in path.rglob(f"*.{k}{end}"))
     if not files:
-        raise SystemExit(f"{path} holds no .txt, .jsonl or .json file, also none as .gz")
+        raise SystemExit(f"{path} holds no {known} file, also none as .gz")
     return files
+
+
+def read_lines(file):
+    """Yield (where, object) of each line of a .jsonl file; `where` names file and line in error messages."""
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                try:
+                    yield f"{file} line {number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise SystemExit(f"{file} line {number} is not JSON ({error}): {ascii(line)[:60]}")
+
+
+def unreadable(file, error):
+    return SystemExit(f"{file} cannot be read as UTF-8 text: {error}")
+
+
+BROKEN = (UnicodeDecodeError, OSError, EOFError, zlib.error)  # what a file that is cut short or no text raises
 
 
 def read_documents(path, limit=0):
@@ -102,22 +123,24 @@ def read_documents(path, limit=0):
                     count += 1
                     if count == limit:
                         return
-        except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-            raise SystemExit(f"{file} cannot be read as UTF-8 text: {error}")
+        except BROKEN as error:
+            raise unreadable(file, error)
     if not count:
         raise SystemExit(f"{path} holds no text at all")
 
 
 def read_file(file):
     """Yield the texts of one file, empty ones included."""
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
-        kind = file.name.removesuffix(".gz").rsplit(".", 1)[-1]
-        if kind == "jsonl":
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield text_field(line, f"{file} line {number}")
-        elif kind == "json":
+    kind = file.name.removesuffix(".gz").rsplit(".", 1)[-1]
+    if kind == "jsonl":
+        for where, item in read_lines(file):
+            yield text_field(item, where)
+    elif kind == "parquet":
+        yield from read_parquet(file)
+    else:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
             content = f.read()
+        if kind == "json":
             try:
                 items = json.loads(content)
             except json.JSONDecodeError as error:
@@ -125,12 +148,25 @@ def read_file(file):
             for number, item in enumerate(items if isinstance(items, list) else [items]):
                 yield text_field(item, f"{file} item {number}")
         else:
-            yield from f.read().split("<|endoftext|>")
+            yield from content.split("<|endoftext|>")
+
+
+def read_parquet(file):
+    """The column `text`, where pyarrow happens to be installed; nothing else here needs it."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise SystemExit(f"{file} can only be read with pyarrow: pip install pyarrow, or convert it to .jsonl")
+    try:
+        with parquet.ParquetFile(file) as table:
+            for group in table.iter_batches(1000, columns=["text"]):
+                yield from (text_field({"text": text}, file) for text in group.column("text").to_pylist())
+    except (ArrowException, KeyError) as error:
+        raise SystemExit(f"{file} is damaged or has no column `text`: {str(error).splitlines()[0][:100]}")
 
 
 def text_field(item, where):
     try:
-        item = json.loads(item) if isinstance(item, str) else item
         item["text"].encode()  # half a surrogate pair is valid JSON and no text
         return item["text"]
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -277,10 +313,12 @@ class TokenSet:
         key = (shard, T, seed)
         if key not in self.plans:
             cache = self.paths and self.paths[shard].with_suffix(f".T{T}.seed{seed}.{PACK_HASH}.npz")
-            if cache and cache.exists() and cache.stat().st_mtime >= self.paths[shard].stat().st_mtime:
+            try:
+                if not cache or cache.stat().st_mtime < self.paths[shard].stat().st_mtime:
+                    raise FileNotFoundError
                 with np.load(cache) as f:
                     self.plans[key] = f["offsets"], f["pieces"]
-            else:
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none yet, or a damaged one
                 tokens = self.arrays[shard]
                 starts = np.flatnonzero(tokens == self.bos)
                 lengths = np.diff(np.append(starts, len(tokens)))
@@ -393,7 +431,7 @@ def prepare(cfg, machine):
             else:
                 texts = [*demo_texts(cfg.seed), *(text_of(m) for m in conversations(cfg.seed, 4000))]
             try:
-                trained = Tokenizer.train(texts, cfg.vocab_size, SPECIALS)
+                trained = Tokenizer.train(texts, cfg.vocab_size, SPECIALS, SPLIT)
             except ValueError as error:
                 raise SystemExit(f"the tokenizer cannot be trained: {error}")
             trained.save(str(Path(cfg.out) / "tokenizer"))
@@ -405,7 +443,12 @@ def prepare(cfg, machine):
     if tokenizer.vocab_size > 65536:
         raise SystemExit(f"a vocabulary of {tokenizer.vocab_size} does not fit token shards of 16 bits; at most 65536")
     if machine.first:
-        meta = json.loads((folder / "meta.json").read_text()) if (folder / "meta.json").exists() else None
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+        except FileNotFoundError:
+            meta = None
+        except ValueError as error:
+            raise SystemExit(f"{folder}/meta.json is damaged ({error}): delete that folder and run the same command again")
         if meta and meta["source"] != source:
             raise SystemExit(f"{folder} was made from {meta['source']}, not from {source}; choose another --out=DIR")
         if not meta:
@@ -520,6 +563,49 @@ def text_of(messages):
     """All text of a conversation, for training the tokenizer."""
     contents = (m["content"] for m in messages)
     return " ".join(c if isinstance(c, str) else " ".join(p["text"] for p in c) for c in contents)
+
+
+def read_conversations(paths):
+    """The conversations of .jsonl files or folders of them, also as .gz, with commas between: lists of messages.
+
+    A line is {"messages": [{"role", "content"}, ...]} as `render` takes them, or {"question", "answer"} as in GSM8K.
+    Raises SystemExit naming file and line.
+    """
+    chats = []
+    for file in (f for path in paths.split(",") for f in text_files(path, ("jsonl",))):
+        try:
+            for where, item in read_lines(file):
+                if isinstance(item, dict) and isinstance(item.get("question"), str) and isinstance(item.get("answer"), str):
+                    reply = Gsm8k.parts(item["answer"])
+                    item = {"messages": [{"role": "user", "content": item["question"]}, {"role": "assistant", "content": reply}]}
+                chats.append(checked(item, where))
+        except BROKEN as error:
+            raise unreadable(file, error)
+    if not chats:
+        raise SystemExit(f"{paths} holds no conversation at all")
+    return chats
+
+
+def checked(item, where):
+    """The messages of a conversation from a file, or one line that says what is wrong with it."""
+
+    def well_formed(content):
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            part["text"].encode()  # half a surrogate pair is valid JSON and no text
+        return all(part["type"] in ("text", "python", "output") for part in parts)
+
+    try:
+        messages = item["messages"]
+        first = int(messages[0]["role"] == "system")
+        roles = [m["role"] for m in messages[first:]]
+        if "assistant" in roles and roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
+            if all(well_formed(m["content"]) for m in messages) and isinstance(messages[0]["content"], str):
+                return messages[: len(messages) - len(roles) % 2]  # a last question without an answer teaches nothing
+    except (KeyError, TypeError, IndexError, AttributeError, UnicodeEncodeError):
+        pass
+    form = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}'
+    raise SystemExit(f"{where}: wanted {form}, perhaps a system message first, users and assistants in turn; got {ascii(item)[:80]}")
 
 
 def chat_set(chats, tokenizer, T):
@@ -871,8 +957,19 @@ def conversations(seed, count):
 
 
 # -----------------------------------------------------------------------------
-# Tasks: items and grader together. items(split, seed, count) gives dicts with `messages`, which end with the
-# question, and `answer`; grade(item, text) says how right a reply's visible text is, from 0 to 1.
+# Tasks: items and grader together
+
+
+class Task:
+    """What a model can be asked and graded on; RL learns from the grade.
+
+    items(split, seed, count, files="")  dicts with `messages`, which end with the question, and `answer`; split is
+                                         "train" or "test"; `files` is the folder of the task's own files, if any
+    grade(item, text)                    how right a reply's visible text is, from 0 to 1
+    max_tokens                           longest answer
+    """
+
+    max_tokens = 64
 
 
 def last_number(text):
@@ -880,10 +977,10 @@ def last_number(text):
     return float(numbers[-1]) if numbers else None
 
 
-class Facts:
+class Facts(Task):
     """Questions about countries. Tested ones were never asked in training, only stated in texts."""
 
-    def items(split, seed, count):
+    def items(split, seed, count, files=""):
         rng, items = random.Random(f"facts {split} {seed}"), []
         for _ in range(count):
             country, relation = rng.choice(TESTED if split == "test" else TAUGHT), rng.choice(RELATIONS)
@@ -898,10 +995,10 @@ class Facts:
         return float(said == {item["answer"]})
 
 
-class Counting:
+class Counting(Task):
     """How often a letter occurs in a word that was never seen in training."""
 
-    def items(split, seed, count):
+    def items(split, seed, count, files=""):
         rng, items = random.Random(f"counting {split} {seed}"), []
         for _ in range(count):
             word, letter = some_word(rng, split)
@@ -913,14 +1010,14 @@ class Counting:
         return float(last_number(text) == item["answer"])
 
 
-class Arithmetic:
+class Arithmetic(Task):
     """Arithmetic in words, with pairs of numbers that were never seen in training."""
 
     def ask(rng, wordings, a, b):
         n, m = rng.sample(NAMES, 2)
         return rng.choice(wordings).format(a=a, b=b, n=n, m=m, t=rng.choice(THINGS))
 
-    def items(split, seed, count):
+    def items(split, seed, count, files=""):
         rng, items = random.Random(f"arithmetic {split} {seed}"), []
         for _ in range(count):
             op = rng.choice("+-*/")
@@ -933,7 +1030,67 @@ class Arithmetic:
         return float(last_number(text) == item["answer"])
 
 
-TASKS = {"facts": Facts, "counting": Counting, "arithmetic": Arithmetic}
+class Gsm8k(Task):
+    """Grade-school mathematics in words (Cobbe et al. 2021, arXiv 2110.14168), from its own files: {split}.jsonl or
+    gsm8k_{split}.jsonl in `files`, of github.com/openai/grade-school-math."""
+
+    max_tokens = 256
+
+    @functools.lru_cache
+    def rows(split, files):
+        names = [Path(files) / name for name in (f"gsm8k_{split}.jsonl", f"gsm8k/{split}.jsonl", f"{split}.jsonl")]
+        file = next((f for f in names if f.exists()), None)
+        if file is None:
+            home = "https://github.com/openai/grade-school-math"
+            raise SystemExit(f"the task gsm8k needs {names[0]}, which {home} has; --files=DIR says where it lies")
+        rows = []
+        for where, row in read_lines(file):
+            if not isinstance(row, dict) or not isinstance(row.get("question"), str) or Gsm8k.number(str(row.get("answer"))) is None:
+                raise SystemExit(f"{where}: wanted question and answer, which ends in #### and a number; got {ascii(row)[:60]}")
+            rows.append(row)
+        return rows
+
+    def items(split, seed, count, files=""):
+        rows = Gsm8k.rows(split, files)
+        chosen = random.Random(f"gsm8k {split} {seed}").sample(rows, min(count, len(rows)))
+        return [{"messages": [{"role": "user", "content": r["question"]}], "answer": Gsm8k.number(r["answer"])} for r in chosen]
+
+    def parts(answer):
+        """A written answer as parts: `48/2 = <<48/2=24>>24 clips` calls the calculator and goes on with what it says.
+
+        >>> Gsm8k.parts("48/2 = <<48/2=24>>24 clips")[1:3]
+        [{'type': 'python', 'text': '48/2'}, {'type': 'output', 'text': '24'}]
+        """
+        pieces = re.split(r"<<([^<>=]+)=([^<>=]*)>>", answer)  # text, expression, result, text, ...
+        kinds = ("text", "python", "output")
+        return [{"type": kinds[i % 3], "text": piece} for i, piece in enumerate(pieces) if piece or i % 3]
+
+    def number(text):
+        """What stands behind ####, the way GSM8K marks a final answer."""
+        found = re.search(r"#### *(-?\$?[\d,]*\.?\d+)", text)
+        return found and float(found[1].replace(",", "").replace("$", ""))
+
+    def grade(item, text):
+        return float(Gsm8k.number(text) == item["answer"])
+
+
+TASKS = {"facts": Facts, "counting": Counting, "arithmetic": Arithmetic, "gsm8k": Gsm8k}
+DEMO = "facts,counting,arithmetic"  # the tasks of the demo world, which need no files
+
+
+def task_names(names):
+    """The list of a knob's task names with commas between. Raises SystemExit at an unknown one."""
+    for name in (names := names.split(",")):
+        if name not in TASKS:
+            raise SystemExit(f"there is no task {name!r}; there are {', '.join(TASKS)}")
+    return names
+
+
+def question(item, tokenizer, length, reply):
+    """Prompt ids of a task's item. One too long to leave `reply` places of `length` for the answer loses its beginning."""
+    ids, _ = render(item["messages"], tokenizer, reply=True)
+    room = length - min(reply, length // 2)
+    return ids if len(ids) <= room else [ids[0], *ids[len(ids) - room + 1 :]]
 
 
 # -----------------------------------------------------------------------------
@@ -967,9 +1124,9 @@ def main(argv):
     command, *rest = argv or ["--help"]
     if command == "demo":
         cfg = override(DemoConfig(), rest, __doc__)
-        for name, task in TASKS.items():
+        for name in DEMO.split(","):
             print(f"--- {name} ({cfg.split}, seed {cfg.seed})")
-            for item in task.items(cfg.split, cfg.seed, cfg.count):
+            for item in TASKS[name].items(cfg.split, cfg.seed, cfg.count):
                 print(f"{item['messages'][-1]['content']}  ->  {item['answer']}")
     elif command == "encode" and rest:
         cfg = override(EncodeConfig(), rest[1:], __doc__)
@@ -993,7 +1150,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        raise SystemExit(130)
+    command(main)

@@ -2,7 +2,8 @@
 Evaluations: bits per byte, tasks answered by generating, and the report of a run.
 
     python evals.py                                    # every task on the last stage in out/
-    python evals.py --stage=sft --tasks=facts --count=500 --seed=7
+    python evals.py --stage=sft --tasks=facts,counting --count=500 --seed=7
+    python evals.py --tasks=gsm8k --files=DIR          # a public task, from its own files
     python evals.py --stage=base --text=FILE           # bits per byte of any text
     python evals.py --report                           # only rebuild out/report.json and out/report.html
 
@@ -16,7 +17,6 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, read_documents, render, visible
-from gpt import latest, load_model, override, start_machine, write_whole
+from data import DEMO, TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, question, read_documents, task_names, visible
+from gpt import command, latest, load_model, override, start_machine, write_whole
 from sample import Engine, Params
 
 
@@ -59,7 +59,7 @@ def bits_per_byte(model, tokenizer, val, machine, micro_rows=16, rows=0):
 # Generative tasks
 
 
-def run_tasks(model, tokenizer, machine, names, count, seed=0, split="test", slots=64, max_tokens=64):
+def run_tasks(model, tokenizer, machine, names, count, files="", seed=0, split="test", slots=64):
     """Answer `count` items of each task greedily and grade them: {name: (accuracy, items, some answers)}.
 
     Ranks take every world-th item. All ranks call it and get the same figures.
@@ -67,10 +67,10 @@ def run_tasks(model, tokenizer, machine, names, count, seed=0, split="test", slo
     engine, results = Engine(model, tokenizer, slots), {}
     for name in names:
         task = TASKS[name]
-        items = task.items(split, seed, count)
+        items = task.items(split, seed, count, files)
         mine = items[machine.rank :: machine.world]
-        prompts = [render(item["messages"], tokenizer, reply=True)[0] for item in mine]
-        done = engine.generate(prompts, Params(max_tokens=max_tokens))
+        prompts = [question(item, tokenizer, engine.cache.length, task.max_tokens) for item in mine]
+        done = engine.generate(prompts, Params(max_tokens=task.max_tokens))
         texts = [visible(parse(r.ids, tokenizer)) for r in done]
         grades = [task.grade(item, text) for item, text in zip(mine, texts)]
         shown = [(item["messages"][-1]["content"], text, item["answer"], grade) for item, text, grade in zip(mine, texts, grades)]
@@ -114,7 +114,10 @@ def read_metrics(out):
     series = {}
     path = Path(out) / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # half a line, of a run that was killed while writing it
         for key, value in entry.items():
             if key not in ("stage", "step", "seconds") and isinstance(value, (int, float)):
                 series.setdefault((entry["stage"], key), []).append((entry["step"], value))
@@ -209,7 +212,8 @@ summary {{ cursor: pointer; margin: .4rem 0; }}
 class Config:
     out: str = "out"  # folder of the run
     stage: str = ""  # base, sft or rl; empty is the last there is
-    tasks: str = "all"  # names with commas between, or all
+    tasks: str = DEMO  # names with commas between
+    files: str = ""  # folder of the public tasks' own files, such as gsm8k_test.jsonl
     count: int = 500  # items a task
     seed: int = 0  # another seed, other items
     split: str = "test"  # test or train
@@ -231,9 +235,7 @@ def main(argv):
             raise SystemExit(f"no {path} yet; `bash run.sh` makes one")
         write_whole(Path(cfg.out) / "report.html", page(cfg.out, json.loads(path.read_text())))
         return
-    names = list(TASKS) if cfg.tasks == "all" else cfg.tasks.split(",")
-    if set(names) - set(TASKS):
-        raise SystemExit(f"--tasks={cfg.tasks}: there are {', '.join(TASKS)}")
+    names = task_names(cfg.tasks)
     stage = cfg.stage or next((s for s in ("rl", "sft", "base") if latest(f"{cfg.out}/{s}")), "base")
     tokenizer, hash = load_tokenizer(cfg.out)
     model, state = load_model(f"{cfg.out}/{stage}", machine, hash)
@@ -243,7 +245,7 @@ def main(argv):
         bpb = bits_per_byte(model, tokenizer, TokenSet([tokens], bos, whole=True), machine)
         return machine.print(f"{cfg.out}/{stage} step {state['step']}: {bpb:.4f} bits per byte on {cfg.text}")
     machine.print(f"{cfg.out}/{stage} step {state['step']}, {cfg.split} items of seed {cfg.seed}")
-    results = run_tasks(model.to(machine.dtype), tokenizer, machine, names, cfg.count, cfg.seed, cfg.split, cfg.slots)
+    results = run_tasks(model.to(machine.dtype), tokenizer, machine, names, cfg.count, cfg.files, cfg.seed, cfg.split, cfg.slots)
     for name, (accuracy, n, shown) in results.items():
         machine.print(f"{name:12} {accuracy:6.1%} of {n}")
         for question, text, answer, grade in shown[: cfg.show]:
@@ -251,7 +253,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        raise SystemExit(130)
+    command(main)

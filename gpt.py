@@ -1,7 +1,7 @@
 """
 The model, the machine it runs on, and its checkpoints.
 
-    python gpt.py                                 # print the model of depth 4 and its size
+    python gpt.py                                 # the model of depth 4, step by step: shapes, parameters, FLOPs
     python gpt.py --depth=20 --vocab_size=65536   # or any other
 
 A decoder-only transformer in the shape that small chat models have settled on:
@@ -21,21 +21,25 @@ Letters for shapes, here and in every other file:
     B batch    T time    C channels (width)    H heads    G key/value heads    D head size
     V vocabulary    L layers    S cache slots    N positions a cache slot holds
 
-Four sections: config override, machine, model, checkpoints.
+Five sections: config override, machine, model, checkpoints, and the table that `python gpt.py` prints.
 """
 
 import dataclasses
 import difflib
+import errno
 import fcntl
 import hashlib
 import inspect
 import json
 import math
 import os
+import pickle
 import re
 import shutil
+import signal
 import sys
 import textwrap
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -89,6 +93,30 @@ def override(cfg, argv, manual=""):
     return cfg
 
 
+def command(main):
+    """Run a script's main(argv). What a person can mend, or did on purpose, ends it with one line, not a traceback.
+
+    SIGTERM stops a run as Ctrl-C does. A full disk, or a folder that may not be written, is said plainly.
+    """
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        first = os.environ.get("RANK", "0") == "0"  # of several processes, one says it
+        raise SystemExit("\nstopped; nothing that was saved is lost, and the same command goes on from there" if first else 1)
+    except BrokenPipeError:  # whoever read our output has left, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            raise
+        raise SystemExit(f"cannot go on: {error}; nothing that was saved is lost: mend this and run the same command again")
+
+
 # -----------------------------------------------------------------------------
 # Machine: device, precision, process group. The only place that reads the environment.
 
@@ -100,6 +128,7 @@ class Machine:
     rank: int = 0
     world: int = 1
     threads: int = 1
+    restarted: bool = False  # by torchrun, after a worker died
 
     @property
     def first(self):
@@ -175,7 +204,8 @@ def start_machine(device="auto", dtype="auto", threads=0, deterministic=False):
     if world > 1 and not dist.is_initialized():
         # rank 0 may prepare data for hours while the others wait at a barrier
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    return Machine(device, getattr(torch, dtype), rank, world, torch.get_num_threads())
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return Machine(device, getattr(torch, dtype), rank, world, torch.get_num_threads(), restarted)
 
 
 # -----------------------------------------------------------------------------
@@ -411,9 +441,10 @@ class GPT(nn.Module):
             "matrices": sum(n for name, n in count.items() if name.startswith("blocks.")),
             "unembedding": count["unembed.weight"],
         }
-        reach = sum(min(self.cfg.window(i), self.cfg.seq_len) for i in range(self.cfg.depth))
-        # 6 a weight that multiplies; attention: 2 products, 2 operations, 3 passes, half of it causal
-        flops = 6 * (sizes["matrices"] + sizes["unembedding"]) + 6 * reach * self.cfg.width
+        T, windows = self.cfg.seq_len, [self.cfg.window(i) for i in range(self.cfg.depth)]
+        reach = sum(w - w * (w - 1) / (2 * T) for w in windows)  # positions that a query sees on average: early ones see few
+        # 6 a weight that multiplies; attention: 2 products, 2 operations, 3 passes
+        flops = 6 * (sizes["matrices"] + sizes["unembedding"]) + round(12 * reach * self.cfg.width)
         return sizes, flops
 
 
@@ -465,6 +496,21 @@ def latest(folder):
     return max(Path(folder).glob("step_[0-9]*[0-9]"), default=None, key=lambda p: int(p.name[5:]))
 
 
+@contextmanager
+def reading(path):
+    """What is wrong with a checkpoint's files becomes one line that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise SystemExit(f"{path} is damaged ({reason}); delete it to go on from the checkpoint before, or take --fresh to start over")
+
+
+def read_state(path):
+    with reading(path):
+        return json.loads((path / "state.json").read_text())
+
+
 def save_checkpoint(folder, step, model, optimizer, machine, state, keep=1):
     """Write folder/step_NNNNNN: model.pt, state.json and each rank's part of the optimizer's state.
 
@@ -487,10 +533,10 @@ def save_checkpoint(folder, step, model, optimizer, machine, state, keep=1):
             "code": code_hash(),
         }
         (part / "state.json").write_text(json.dumps(state, indent=1))
-        torch.save({name: p.detach().cpu() for name, p in model.state_dict().items()}, part / "model.pt")
+        save_tensors(part / "model.pt", {name: p.detach().cpu() for name, p in model.state_dict().items()})
     machine.barrier()
     if optimizer:
-        torch.save(optimizer.shard(), part / f"optimizer_{machine.rank:03d}.pt")
+        save_tensors(part / f"optimizer_{machine.rank:03d}.pt", optimizer.shard())
     machine.barrier()
     if machine.first:
         for file in part.iterdir():
@@ -505,6 +551,13 @@ def save_checkpoint(folder, step, model, optimizer, machine, state, keep=1):
     machine.barrier()
 
 
+def save_tensors(path, content):
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # torch's own writer does not say why
+        raise OSError(errno.ENOSPC, f"{path} could not be written whole, is the disk full? ({str(error).splitlines()[0][:80]})")
+
+
 def load_model(path, machine, tokenizer_hash=None):
     """Model and state of a checkpoint folder, or of the last one in a stage's folder.
 
@@ -514,24 +567,26 @@ def load_model(path, machine, tokenizer_hash=None):
     found = path if (path / "state.json").exists() else latest(path)
     if found is None:
         raise SystemExit(f"no checkpoint in {path}; `bash run.sh` makes one, or name another folder with --out=DIR")
-    state = json.loads((found / "state.json").read_text())
-    if tokenizer_hash and state["tokenizer"] != tokenizer_hash:
-        hashes = f"hash {state['tokenizer'][:12]} against {tokenizer_hash[:12]}"
-        raise SystemExit(f"{found} was trained with another tokenizer than the one in use ({hashes})")
-    model = GPT(GPTConfig(**state["model"]), machine.dtype)
-    model.load_state_dict(torch.load(found / "model.pt", map_location="cpu", weights_only=True))
+    state = read_state(found)
+    with reading(found):
+        if tokenizer_hash and state["tokenizer"] != tokenizer_hash:
+            hashes = f"hash {state['tokenizer'][:12]} against {tokenizer_hash[:12]}"
+            raise SystemExit(f"{found} was trained with another tokenizer than the one in use ({hashes})")
+        model = GPT(GPTConfig(**state["model"]), machine.dtype)
+        model.load_state_dict(torch.load(found / "model.pt", map_location="cpu", weights_only=True))
     return model.to(machine.device), state
 
 
 def load_optimizer(path, optimizer):
     """Give the optimizer back its state, whatever the world size it was saved with."""
-    files = sorted(Path(path).glob("optimizer_*.pt"))
-    optimizer.load([torch.load(f, map_location="cpu", weights_only=True) for f in files])
+    with reading(path):
+        files = [Path(path) / f"optimizer_{rank:03d}.pt" for rank in range(read_state(path)["world"])]
+        optimizer.load([torch.load(f, map_location="cpu", weights_only=True) for f in files])
 
 
 # knobs that say where and how a run goes and what it shows, not what it computes
 FREE_KNOBS = {"out", "fresh", "device", "dtype", "threads", "compile", "deterministic", "micro_rows", "stop_after", "prompts"}
-FREE_KNOBS |= {"log_every", "eval_every", "eval_rows", "eval_count", "final_count", "sample_every", "save_every"}
+FREE_KNOBS |= {"log_every", "eval_every", "eval_rows", "eval_count", "final_count", "sample_every", "save_every", "tasks", "files"}
 
 
 def parent_hash(folder):
@@ -545,14 +600,14 @@ def find_resume(folder, cfg, machine, parent=None):
 
     Stops when it was made with another config, or from another checkpoint of the stage before (`parent`).
     """
-    if cfg.fresh:
+    if cfg.fresh and not machine.restarted:  # a restarted worker goes on from what its first life saved
         if machine.first:
             shutil.rmtree(folder, ignore_errors=True)
         machine.barrier()
     found = latest(folder)
     if found is None:
         return None
-    state = json.loads((found / "state.json").read_text())
+    state = read_state(found)
     ours = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE_KNOBS}
     theirs = {k: v for k, v in state["config"].items() if k not in FREE_KNOBS}
     changed = [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
@@ -592,8 +647,72 @@ def log_metrics(out, machine, **entry):
             f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in entry.items()}) + "\n")
 
 
-if __name__ == "__main__":
+# -----------------------------------------------------------------------------
+# The table: a real forward pass, watched (on the meta device, where tensors have shapes and no contents)
 
+
+class Watch(torch.overrides.TorchFunctionMode):
+    """Notes the steps of a forward pass as (module's name, operation, shape, parameters, FLOPs of all its tokens)."""
+
+    NAMES = {F.embedding: "look up", F.rms_norm: "RMSNorm", F.linear: "matrix", torch.cat: "rotate", torch.tanh: "soft cap"}
+    NAMES |= {F.scaled_dot_product_attention: "attend", F.relu: "ReLU", torch.sigmoid: "sigmoid", torch.Tensor.square: "square"}
+
+    def __init__(self, model):
+        super().__init__()
+        self.steps, self.inside = [], (inside := [])  # inside: the modules whose forward is running
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda module, _, name=name: inside.append((name, module)))
+            module.register_forward_hook(lambda *_: inside.pop() and None)  # a hook that returns something replaces the output
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in self.NAMES and self.inside:
+            (name, module), size, flops = self.inside[-1], 0, 0
+            if func in (F.embedding, F.linear):
+                size = args[1].numel()
+            if func is F.linear:
+                flops = 2 * out.numel() * args[0].size(-1)
+            elif func is F.scaled_dot_product_attention:
+                B, H, T, D = out.shape
+                w = min(module.window, T)
+                flops = 4 * B * H * D * (T * w - w * (w - 1) // 2)  # q times k and scores times v, where the mask is open
+            self.steps.append((name, self.NAMES[func], tuple(out.shape), size, flops))
+        return out
+
+
+def table(cfg):
+    """Lines of text: each step from ids to logits with its shape, parameters and forward FLOPs a token."""
+    with torch.device("meta"):
+        model = GPT(cfg)
+        ids = torch.zeros(1, cfg.seq_len, dtype=torch.long)
+        with Watch(model) as watch:
+            model(ids)
+    layers = {}  # what happens in a layer: the layers in which just that happens
+    for layer in range(cfg.depth):
+        mine = tuple((n.removeprefix(f"blocks.{layer}"), *rest) for n, *rest in watch.steps if re.match(rf"(blocks|values)\.{layer}\b", n))
+        layers.setdefault(tuple((n.replace(f"values.{layer}", "value embedding"), *rest) for n, *rest in mine), []).append(layer)
+    outside = [step for step in watch.steps if not re.match(r"blocks\.|values\.", step[0])]
+    first = next(i for i, step in enumerate(watch.steps) if re.match(r"blocks\.|values\.", step[0]))
+    lines = [f"{'':34}{'result':>20}{'parameters':>14}{'FLOPs a token':>16}"]
+
+    def show(steps, indent=""):
+        for name, operation, shape, size, flops in steps:
+            label = f"{indent}{(name.removeprefix('.') + ': ') if name else ''}{operation}"
+            numbers = (f"{size:>14,}" if size else " " * 14) + (f"{flops / cfg.seq_len:>16,.0f}" if flops else "")
+            lines.append(f"{label:34}{' x '.join(map(str, shape)):>20}{numbers}".rstrip())
+
+    show(outside[:first])
+    for steps, where in layers.items():
+        lines.append(f"layer{'s' if where[1:] else ''} {', '.join(map(str, where))}" + (", each:" if where[1:] else ":"))
+        show(steps, "  ")
+    show(outside[first:])
+    total, flops = sum(s[3] for s in watch.steps), sum(s[4] for s in watch.steps)
+    lines.append(f"{'all layers together':54}{total:>14,}{flops / cfg.seq_len:>16,.0f}")
+    lines.append(f"a trained token costs three times that, forward and backward: {model.sizes()[1]:,} FLOPs")
+    return lines
+
+
+def main(argv):
     @dataclass
     class Config:
         depth: int = 4  # layers; width and heads follow
@@ -602,13 +721,11 @@ if __name__ == "__main__":
         kv_heads: int = 0  # 0 is as many as heads
         window_pattern: str = "L"  # L sees everything, S half
 
-    args = override(Config(), sys.argv[1:], __doc__)
+    args = override(Config(), argv, __doc__)
     cfg = GPTConfig.from_depth(args.depth, args.vocab_size, args.seq_len, args.kv_heads, args.window_pattern)
-    with torch.device("meta"):
-        model = GPT(cfg)
-    print(cfg)
-    sizes, flops = model.sizes()
-    for name, size in sizes.items():
-        print(f"{name:18} {size:15,}")
-    print(f"{'parameters':18} {sum(sizes.values()):15,}")
-    print(f"{'FLOPs a token':18} {flops:15,}   (trained: forward and backward)")
+    print(f"depth {cfg.depth}: width {cfg.width}, {cfg.heads} heads, {cfg.kv_heads} key/value heads, one row of {cfg.seq_len} tokens")
+    print("\n".join(table(cfg)))
+
+
+if __name__ == "__main__":
+    command(main)

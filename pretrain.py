@@ -11,7 +11,6 @@ checkpoint with the same data, and on CPU ends with the same bits. `dial` below 
 """
 
 import dataclasses
-import sys
 import time
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ import torch.distributed as dist
 
 from data import batch, prepare
 from evals import bits_per_byte, record
-from gpt import GPT, GPTConfig, compile_model, find_resume, load_model, load_optimizer, lock_folder, log_metrics
+from gpt import GPT, GPTConfig, command, compile_model, find_resume, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, save_checkpoint, start_machine, trim_metrics
 from optim import build
 from sample import Engine, Params
@@ -178,7 +177,4 @@ def show_samples(model, tokenizer, cfg):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        raise SystemExit("\nstopped; the same command goes on from the last checkpoint")
+    command(main)

@@ -3,6 +3,7 @@ Reinforcement learning: from a model that imitates to one that is right more oft
 
     python rl.py                                    # the fine-tuned model in out/, arithmetic in words
     python rl.py --task=counting --out=other --from=out
+    python rl.py --task=gsm8k --files=DIR --max_tokens=200
     torchrun --nproc_per_node=8 rl.py
 
 Writes out/rl/step_NNNNNN. Each step takes fresh problems, has the model answer each of them several times
@@ -21,16 +22,15 @@ Tokens that the calculator wrote are read but not learnt; the token that ends th
 """
 
 import dataclasses
-import sys
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from data import TASKS, adopt_tokenizer, load_tokenizer, parse, render, visible
+from data import DEMO, TASKS, adopt_tokenizer, load_tokenizer, parse, question, task_names, visible
 from evals import record, run_tasks, task_figures
-from gpt import find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
+from gpt import command, find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, parent_hash, save_checkpoint, start_machine, trim_metrics
 from optim import build
 from sample import Engine, Params
@@ -47,6 +47,7 @@ class Config:
     fresh: bool = False  # start this stage over; to go on later, leave it out
     # data
     task: str = "arithmetic"  # whose problems and grader, from TASKS in data.py
+    files: str = ""  # folder of the public tasks' own files, such as gsm8k_train.jsonl
     # optimisation
     steps: int = 120  # updates
     problems: int = 16  # problems a step, over all ranks
@@ -59,6 +60,7 @@ class Config:
     seed: int = 1  # of problems and sampling
     # on the way
     log_every: int = 5  # steps between lines
+    tasks: str = DEMO  # what is graded at the end beside the task, with commas between
     eval_every: int = 30  # steps between evaluations
     eval_count: int = 200  # items a task on the way
     final_count: int = 500  # items a task at the end
@@ -83,11 +85,11 @@ def rollouts(engine, task, cfg, step, machine):
     Problems and seeds depend on the step and the problem's number alone, never on the ranks.
     """
     tokenizer = engine.tokenizer
-    items = task.items("train", f"rl {cfg.seed} {step}", cfg.problems)
+    items = task.items("train", f"rl {cfg.seed} {step}", cfg.problems, cfg.files)
     mine = range(len(items) * machine.rank // machine.world, len(items) * (machine.rank + 1) // machine.world)
     prompts, params = [], []
     for i in mine:
-        prompts += [render(items[i]["messages"], tokenizer, reply=True)[0]] * cfg.samples
+        prompts += [question(items[i], tokenizer, engine.cache.length, cfg.max_tokens)] * cfg.samples
         seeds = (((cfg.seed * 10**6 + step) * 10**4 + i) * 10**3 + s for s in range(cfg.samples))
         params += [Params(cfg.max_tokens, temperature=1.0, seed=seed) for seed in seeds]
     requests = engine.generate(prompts, params)
@@ -117,8 +119,7 @@ def rows_of(answers, device):
 
 def main(argv):
     cfg = override(Config(), argv, __doc__)
-    if cfg.task not in TASKS:
-        raise SystemExit(f"--task={cfg.task}: there are {', '.join(TASKS)}")
+    task, graded = TASKS[task_names(cfg.task)[0]], sorted({*task_names(cfg.task), *task_names(cfg.tasks)})
     machine = start_machine(cfg.device, cfg.dtype, cfg.threads, cfg.deterministic)
     lock_folder(cfg.out, machine)
     folder = f"{cfg.out}/rl"
@@ -126,7 +127,6 @@ def main(argv):
     home = cfg.out if here or not cfg.from_ else cfg.from_
     adopt_tokenizer(cfg, machine)
     tokenizer, hash = load_tokenizer(cfg.out)
-    task = TASKS[cfg.task]
 
     parent = parent_hash(f"{home}/{cfg.init}")
     found = find_resume(folder, cfg, machine, parent)
@@ -146,8 +146,8 @@ def main(argv):
     for step in range(start, cfg.steps + 1):
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
-            names = list(TASKS) if last else [cfg.task]
-            results = run_tasks(model, tokenizer, machine, names, cfg.final_count if last else cfg.eval_count)
+            names = graded if last else [cfg.task]
+            results = run_tasks(model, tokenizer, machine, names, cfg.final_count if last else cfg.eval_count, cfg.files)
             figures = task_figures(results)
             machine.print(f"step {step:5}  held-out: " + "  ".join(f"{name} {r[0]:.1%}" for name, r in results.items()))
             log_metrics(cfg.out, machine, stage="rl", step=step, seconds=time.time() - clock, **figures)
@@ -211,7 +211,4 @@ def describe(answers, tokenizer, cfg):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        raise SystemExit("\nstopped; the same command goes on from the last checkpoint")
+    command(main)

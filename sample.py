@@ -20,7 +20,6 @@ import ast
 import codecs
 import math
 import operator
-import sys
 import warnings
 from collections import deque
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 
 from data import fit, load_tokenizer, parse
-from gpt import KVCache, latest, load_model, override, start_machine
+from gpt import KVCache, command, latest, load_model, override, start_machine
 
 # -----------------------------------------------------------------------------
 # Calculator: what the model may compute between <|python_start|> and <|python_end|>
@@ -366,7 +365,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        raise SystemExit(130)
+    command(main)

@@ -46,7 +46,7 @@ from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from data import fit
-from gpt import latest, override, start_machine
+from gpt import command, latest, override, start_machine
 from sample import Params, Stream, load_engine
 
 # -----------------------------------------------------------------------------
@@ -765,26 +765,26 @@ open(disk["onesitting open"]);
 """
 
 
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
 def main(argv):
     cfg = override(Config(), argv, __doc__)
     try:
         server = Server(cfg)  # before the model is loaded, so that a port in use shows at once
     except (OSError, OverflowError) as error:
         raise SystemExit(f"cannot listen on {cfg.host}:{cfg.port}: {error}; choose another with --port=N")
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        server.start()
-        server.serve_forever()
-    except KeyboardInterrupt:
+
+    def end(*_):
         for again in (signal.SIGINT, signal.SIGTERM):
             signal.signal(again, signal.SIG_DFL)  # ends it at once
         print("stopping", flush=True)
-        server.stop()
+        # an exception would come wherever this thread is: while it hands over a connection, it would close that one
+        threading.Thread(target=server.shutdown).start()
+
+    server.start()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, end)
+    server.serve_forever(poll_interval=0.1)
+    server.stop()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command(main)

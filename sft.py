@@ -4,6 +4,10 @@ Supervised fine-tuning: from a model that continues text to one that answers, us
     python sft.py                                             # the base model in out/, the demo's conversations
     torchrun --nproc_per_node=8 sft.py
     python sft.py --out=more --from=out --init=sft            # go on from a fine-tuned model, in a folder of its own
+    python sft.py --data=FILE.jsonl                           # your own conversations beside the demo's (--chats=0: alone)
+    python sft.py --data=gsm8k_train.jsonl --chats=0 --tasks=gsm8k --files=DIR
+
+Own conversations are .jsonl: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]} a line.
 
 Writes out/sft/step_NNNNNN. It is pretraining with two differences: rows hold whole conversations, and only
 what the assistant says is supervised (the calculator's output is not: the model reads it, it never writes it).
@@ -11,16 +15,15 @@ Killed at any moment, the same command goes on, as in pretraining.
 """
 
 import dataclasses
-import sys
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from data import TASKS, adopt_tokenizer, batch, chat_set, conversations, load_tokenizer, render
+from data import DEMO, adopt_tokenizer, batch, chat_set, conversations, load_tokenizer, read_conversations, render, task_names
 from evals import record, run_tasks, task_figures
-from gpt import compile_model, find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
+from gpt import command, compile_model, find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, parent_hash, save_checkpoint, start_machine, trim_metrics
 from optim import build
 from sample import Engine, Params
@@ -36,7 +39,8 @@ class Config:
     init: str = "base"  # the stage to start from
     fresh: bool = False  # start this stage over; to go on later, leave it out
     # data
-    chats: int = 16000  # conversations of the demo world
+    chats: int = 16000  # conversations of the demo world; 0 is none
+    data: str = ""  # conversations of your own: .jsonl files or folders of them, with commas between
     # optimisation
     steps: int = 240  # updates
     batch_rows: int = 16  # rows of an update, over all ranks
@@ -49,6 +53,8 @@ class Config:
     seed: int = 1  # of the conversations and their order
     # on the way
     log_every: int = 10  # steps between lines
+    tasks: str = DEMO  # what is graded on held-out items, with commas between
+    files: str = ""  # folder of the public tasks' own files, such as gsm8k_test.jsonl
     eval_every: int = 60  # steps between evaluations
     eval_count: int = 100  # items a task on the way
     final_count: int = 500  # items a task at the end
@@ -71,6 +77,9 @@ def lr_scale(step, cfg):
 
 def main(argv):
     cfg = override(Config(), argv, __doc__)
+    names, chats = task_names(cfg.tasks), read_conversations(cfg.data) if cfg.data else []
+    if cfg.chats + len(chats) == 0:
+        raise SystemExit("there is nothing to learn from: name conversations with --data=FILE.jsonl, or leave --chats as it is")
     machine = start_machine(cfg.device, cfg.dtype, cfg.threads, cfg.deterministic)
     lock_folder(cfg.out, machine)
     folder = f"{cfg.out}/sft"
@@ -92,15 +101,18 @@ def main(argv):
         load_optimizer(found, optimizer)
     trim_metrics(cfg.out, "sft", start, machine)
     run = compile_model(model, machine) if cfg.compile else model
-    train = chat_set(conversations(cfg.seed, cfg.chats), tokenizer, T)
-    machine.print(f"fine-tuning: {cfg.chats} conversations in {train.rows(T, cfg.seed)} rows of {T} tokens, {machine.describe()}")
-    machine.print(f"  {cfg.steps} steps of {cfg.batch_rows} rows, " + (f"going on from step {start}" if found else f"from {home}/{cfg.init}"))
+    chats += conversations(cfg.seed, cfg.chats)
+    train = chat_set(chats, tokenizer, T)
+    rows = train.rows(T, cfg.seed)
+    machine.print(f"fine-tuning: {len(chats):,} conversations in {rows:,} rows of {T} tokens, {machine.describe()}")
+    epochs = cfg.steps * cfg.batch_rows / rows
+    machine.print(f"  {cfg.steps} steps of {cfg.batch_rows} rows ({epochs:.1f} epochs), " + (f"going on from step {start}" if found else f"from {home}/{cfg.init}"))
 
     clock, seconds = time.time() - (state["seconds"] if found else 0), []
     for step in range(start, cfg.steps + 1):
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
-            results = run_tasks(model, tokenizer, machine, list(TASKS), cfg.final_count if last else cfg.eval_count)
+            results = run_tasks(model, tokenizer, machine, names, cfg.final_count if last else cfg.eval_count, cfg.files)
             figures = task_figures(results)
             machine.print(f"step {step:5}  held-out: " + "  ".join(f"{name} {r[0]:.1%}" for name, r in results.items()))
             log_metrics(cfg.out, machine, stage="sft", step=step, seconds=time.time() - clock, **figures)
@@ -149,7 +161,4 @@ def show_samples(model, tokenizer, cfg):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        raise SystemExit("\nstopped; the same command goes on from the last checkpoint")
+    command(main)
