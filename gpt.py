@@ -39,6 +39,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -204,8 +205,10 @@ def start_machine(device="auto", dtype="auto", threads=0, deterministic=False):
     if world > 1 and not dist.is_initialized():
         # rank 0 may prepare data for hours while the others wait at a barrier
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    return Machine(device, getattr(torch, dtype), rank, world, torch.get_num_threads(), restarted)
+    machine = Machine(device, getattr(torch, dtype), rank, world, torch.get_num_threads())
+    # only the node whose worker died counts a restart; all ranks have to know of it
+    machine.restarted = machine.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) > 0
+    return machine
 
 
 # -----------------------------------------------------------------------------
@@ -501,7 +504,7 @@ def reading(path):
     """What is wrong with a checkpoint's files becomes one line that says what to do."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise SystemExit(f"{path} is damaged ({reason}); delete it to go on from the checkpoint before, or take --fresh to start over")
 
@@ -558,6 +561,14 @@ def save_tensors(path, content):
         raise OSError(errno.ENOSPC, f"{path} could not be written whole, is the disk full? ({str(error).splitlines()[0][:80]})")
 
 
+def load_tensors(path):
+    """What save_tensors wrote. Raises one of the errors that reading() explains; torch does not look at the checksums."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{path.name}: wrong checksum of {damaged}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_model(path, machine, tokenizer_hash=None):
     """Model and state of a checkpoint folder, or of the last one in a stage's folder.
 
@@ -573,7 +584,7 @@ def load_model(path, machine, tokenizer_hash=None):
             hashes = f"hash {state['tokenizer'][:12]} against {tokenizer_hash[:12]}"
             raise SystemExit(f"{found} was trained with another tokenizer than the one in use ({hashes})")
         model = GPT(GPTConfig(**state["model"]), machine.dtype)
-        model.load_state_dict(torch.load(found / "model.pt", map_location="cpu", weights_only=True))
+        model.load_state_dict(load_tensors(found / "model.pt"))
     return model.to(machine.device), state
 
 
@@ -581,7 +592,7 @@ def load_optimizer(path, optimizer):
     """Give the optimizer back its state, whatever the world size it was saved with."""
     with reading(path):
         files = [Path(path) / f"optimizer_{rank:03d}.pt" for rank in range(read_state(path)["world"])]
-        optimizer.load([torch.load(f, map_location="cpu", weights_only=True) for f in files])
+        optimizer.load([load_tensors(f) for f in files])
 
 
 # knobs that say where and how a run goes and what it shows, not what it computes
@@ -604,7 +615,7 @@ def find_resume(folder, cfg, machine, parent=None):
         if machine.first:
             shutil.rmtree(folder, ignore_errors=True)
         machine.barrier()
-    found = latest(folder)
+    found = machine.gather(latest(folder))[0]  # rank 0 decides: a shared folder may show the others an older view
     if found is None:
         return None
     state = read_state(found)

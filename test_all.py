@@ -13,6 +13,8 @@ order: tokenizer, model, optimizer, data, engine, evaluations, stages, server.
 import base64
 import collections
 import dataclasses
+import functools
+import gzip
 import itertools
 import json
 import math
@@ -655,6 +657,36 @@ def test_nothing_supervised_is_zero_not_nan():
     assert loss.item() == 0 and all(p.grad is None or p.grad.eq(0).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("shape", [{}, {"kv_heads": 1}, {"window_pattern": "SSL", "depth": 5}, {"vocab_size": 333, "seq_len": 63}])
+def test_table_adds_up(shape):
+    """What a watched forward pass multiplies and holds is what the formulas of sizes() say."""
+    cfg = GPTConfig(**{"vocab_size": 300, "seq_len": 64, "depth": 3, "width": 64, "heads": 4, "kv_heads": 2, **shape})
+    sizes, flops = GPT(cfg).sizes()
+    *lines, total, trained = gpt.table(cfg)
+    assert int(total.split()[-2].replace(",", "")) == sum(sizes.values())
+    assert abs(int(total.split()[-1].replace(",", "")) * 3 - flops) < 5 and f"{flops:,}" in trained
+    text = "\n".join(lines)
+    for step in ("embed: look up", "RMSNorm", "attention.q: matrix", "attention: attend", "mlp.up: matrix", "unembed: matrix"):
+        assert step in text
+
+
+def test_nothing_is_compiled_again_after_the_second_step(monkeypatch):
+    """Also with an uneven last micro-batch, and with sampling in between."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    model = small()
+    forward, optimizer = gpt.compile_model(model, CPU), optim.build(model, 0.02, 0.3, 0.004)
+    compiled = []
+    for step in range(5):
+        for x in torch.arange(5 * 33).view(5, 33).split(2):
+            forward(x[:, :-1], x[:, 1:]).sum().backward()
+        optimizer.step()
+        with torch.inference_mode():
+            model(x[:, :9])
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < compiled[1] == compiled[-1]
+
+
 def test_padding_is_never_sampled():
     assert small(vocab_size=290)(torch.randint(290, (1, 4))).size(-1) == 290
 
@@ -919,6 +951,89 @@ def test_a_single_document_serves_for_both(tmp_path):
         assert "".join([*train, *val]) == content and val[0]
 
 
+def test_parquet_where_pyarrow_is_there(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": ["one", "two 你好", ""], "n": [1, 2, 3]}), tmp_path / "a.parquet")
+    assert list(data.read_documents(tmp_path)) == ["one", "two 你好"]
+    parquet.write_table(arrow.table({"n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(SystemExit, match="a.parquet is damaged or has no column `text`"):
+        list(data.read_documents(tmp_path))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(SystemExit, match="a.parquet is damaged"):
+        list(data.read_documents(tmp_path))
+
+
+def test_parquet_without_pyarrow_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SystemExit, match="pip install pyarrow"):
+        list(data.read_documents(tmp_path))
+
+
+def test_a_damaged_plan_is_made_anew(tmp_path, tokenizer):
+    data.write_shards(tmp_path, "train", tokenizer, "00" * 32, data.demo_texts(1)[:50])
+    paths = sorted(tmp_path.glob("*.bin"))
+
+    def first_batch():
+        shards = data.TokenSet([data.open_shard(p, "00" * 32) for p in paths], tokenizer.special("<|bos|>"), paths=paths)
+        return data.batch(shards, 2, 32, 1, 0)[0]
+
+    want = first_batch()
+    (cache,) = tmp_path.glob("*.npz")
+    for content in (b"", cache.read_bytes()[:100], b"PK\x03\x04 nonsense"):
+        cache.write_bytes(content)
+        assert torch.equal(first_batch(), want)
+
+
+QUESTION = {"role": "user", "content": "Hi"}
+REPLY = {"role": "assistant", "content": "Hello!"}
+
+
+def test_conversations_from_files(tmp_path, tokenizer):
+    lines = [
+        {"messages": [QUESTION, REPLY], "more": 1},
+        {"messages": [{"role": "system", "content": "Be brief."}, QUESTION, REPLY, QUESTION]},
+        {"question": "What is 2+3?", "answer": "It is 2+3 = <<2+3=5>>5.\n#### 5"},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines[:2])) + "\n\n")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as f:
+        f.write(json.dumps(lines[2]))
+    chats = data.read_conversations(str(tmp_path))
+    assert chats == data.read_conversations(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl.gz")
+    assert chats[0] == [QUESTION, REPLY] and [m["role"] for m in chats[1]] == ["system", "user", "assistant"]
+    assert "<|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>5.\n#### 5<|assistant_end|>" in tokenizer.decode(data.render(chats[2], tokenizer)[0])
+
+
+BAD_CHATS = {
+    b"": "no conversation at all",
+    b'{"messages": [': "line 1 is not JSON",
+    b'{"text": "Hi"}': "line 1: wanted",
+    b"[]": "line 1: wanted",
+    b'{"messages": []}': "line 1: wanted",
+    json.dumps({"messages": [REPLY, QUESTION]}).encode(): "in turn",
+    json.dumps({"messages": [QUESTION, QUESTION, REPLY]}).encode(): "in turn",
+    json.dumps({"messages": [QUESTION]}).encode(): "in turn",
+    json.dumps({"messages": [QUESTION, {"role": "assistant"}]}).encode(): "line 1: wanted",
+    json.dumps({"messages": [QUESTION, {"role": "assistant", "content": 5}]}).encode(): "line 1: wanted",
+    json.dumps({"messages": [QUESTION, {"role": "assistant", "content": [{"type": "image", "text": ""}]}]}).encode(): "line 1: wanted",
+    json.dumps({"messages": [QUESTION, {"role": "assistant", "content": "\ud800"}]}).encode(): "line 1: wanted",
+    b'{"messages": [{"role": "user", "content": "\xff"}]}': "cannot be read as UTF-8",
+}
+
+
+@pytest.mark.parametrize("content", BAD_CHATS)
+def test_bad_conversations_get_one_line(tmp_path, content):
+    good = json.dumps({"messages": [QUESTION, REPLY]}).encode() + b"\n"
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(SystemExit, match=re.escape(BAD_CHATS[content])) as caught:
+        data.read_conversations(str(tmp_path / "a.jsonl"))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    if b"{" in content:
+        (tmp_path / "a.jsonl").write_bytes(good + content)
+        with pytest.raises(SystemExit, match="UTF-8|line 2"):
+            data.read_conversations(str(tmp_path / "a.jsonl"))
+
+
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hi"},
@@ -928,6 +1043,8 @@ CHAT = [
 
 def test_chat_template(tokenizer):
     ids, mask = data.render(CHAT, tokenizer)
+    own = {tokenizer.special(name) for name in SPECIALS[9:]}  # tokens of an experiment may come in between
+    ids, mask = zip(*((i, m) for i, m in zip(ids, mask) if i not in own))
     assert tokenizer.decode(ids) == (
         "<|bos|><|user_start|>Be brief.\n\nHi<|user_end|><|assistant_start|><|python_start|>1+1<|python_end|>"
         "<|output_start|>2<|output_end|>Two.<|assistant_end|>"
@@ -936,7 +1053,7 @@ def test_chat_template(tokenizer):
     assert learnt == "<|python_start|>1+1<|python_end|>Two.<|assistant_end|>"
     start = ids.index(tokenizer.special("<|assistant_start|>")) + 1
     assert data.parse(ids[start:], tokenizer) == CHAT[2]["content"] and data.visible(CHAT[2]["content"]) == "Two."
-    assert data.render(CHAT[:2], tokenizer, reply=True)[0] == ids[:start]
+    assert data.render(CHAT[:2], tokenizer, reply=True)[0] == list(ids[:start])
 
 
 def test_users_cannot_spell_special_tokens(tokenizer):
@@ -966,11 +1083,11 @@ def test_long_conversations_do_not_clog_the_packer(tokenizer):
 def test_adding_a_special_token_moves_no_id(tokenizer, tmp_path, monkeypatch):
     tokenizer.save(str(tmp_path / "tokenizer"))
     before, hash = data.load_tokenizer(tmp_path)
-    spare = SPECIALS.index("<|spare_9|>")
-    monkeypatch.setattr(data, "SPECIALS", [*SPECIALS[:spare], "<|think|>", *SPECIALS[spare + 1 :]])
+    spare = next(i for i, name in enumerate(SPECIALS) if "spare" in name)
+    monkeypatch.setattr(data, "SPECIALS", [*SPECIALS[:spare], "<|new|>", *SPECIALS[spare + 1 :]])
     after, hash_after = data.load_tokenizer(tmp_path)
-    assert hash == hash_after and after.special("<|think|>") == before.special("<|spare_9|>")
-    assert all(after.special(n) == before.special(n) for n in SPECIALS if n != "<|spare_9|>")
+    assert hash == hash_after and after.special("<|new|>") == before.special(SPECIALS[spare])
+    assert all(after.special(n) == before.special(n) for n in SPECIALS if n != SPECIALS[spare])
 
 
 def test_held_out_means_held_out():
@@ -1020,6 +1137,49 @@ def test_a_list_of_all_values_is_no_answer():
     item = data.Facts.items("test", 0, 1)[0]
     values = {v for (_, r), v in data.FACTS.items() if r == item["relation"]}
     assert data.Facts.grade(item, ", ".join(sorted(values))) == 0
+
+
+def test_gsm8k_becomes_tool_calls_and_back():
+    answer = "She sold 48/2 = <<48/2=24>>24 clips.\nThat is $<<24*.5=12>>12, or 1/2.\n#### 1,012"
+    parts = data.Gsm8k.parts(answer)
+    assert [p["type"] for p in parts] == ["text", "python", "output", "text", "python", "output", "text"]
+    assert data.visible(parts) == re.sub("<<.*?>>", "", answer)
+    assert (parts[1]["text"], parts[2]["text"], parts[4]["text"]) == ("48/2", "24", "24*.5")
+    assert data.Gsm8k.parts("<<1+1=2>>2\n#### 2")[0] == {"type": "python", "text": "1+1"}
+    assert data.Gsm8k.number(answer) == 1012 and data.Gsm8k.number("#### -3.50") == -3.5 and data.Gsm8k.number("It is 5.") is None
+    item = {"answer": 1012.0}
+    assert data.Gsm8k.grade(item, "so\n#### 1012") == data.Gsm8k.grade(item, "#### $1,012.00") == 1
+    assert data.Gsm8k.grade(item, "1012") == data.Gsm8k.grade(item, "#### 10121") == data.Gsm8k.grade(item, "") == 0
+
+
+def write_gsm8k(folder, count=20):
+    """Files like GSM8K's, with sums."""
+    for split, first in (("train", 0), ("test", 1000)):
+        lines = ({"question": f"What is {i}+1?", "answer": f"{i}+1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(first, first + count))
+        (folder / f"gsm8k_{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_gsm8k_items_and_missing_files(tmp_path):
+    write_gsm8k(tmp_path)
+    items = data.Gsm8k.items("test", 0, 15, str(tmp_path))
+    assert items == data.Gsm8k.items("test", 0, 15, str(tmp_path)) != data.Gsm8k.items("test", 1, 15, str(tmp_path))
+    assert len({i["answer"] for i in items}) == 15 and len(data.Gsm8k.items("test", 0, 100, str(tmp_path))) == 20
+    with pytest.raises(SystemExit, match="--files=DIR"):
+        data.Gsm8k.items("test", 0, 5, str(tmp_path / "nowhere"))
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "?", "answer": "no mark"}')
+    (tmp_path / "gsm8k_test.jsonl").unlink()
+    data.Gsm8k.rows.cache_clear()
+    with pytest.raises(SystemExit, match="test.jsonl line 1: wanted"):
+        data.Gsm8k.items("test", 0, 5, str(tmp_path))
+
+
+def test_a_question_too_long_loses_its_beginning(tokenizer):
+    item = {"messages": [{"role": "user", "content": "why " * 500 + "end"}]}
+    ids = data.question(item, tokenizer, 64, 16)
+    full, _ = data.render(item["messages"], tokenizer, reply=True)
+    assert len(ids) == 48 and ids[0] == full[0] and ids[1:] == full[-47:]
+    assert data.question(item, tokenizer, 64, 900)[-5:] == full[-5:] and len(data.question(item, tokenizer, 64, 900)) == 32
 
 
 # -----------------------------------------------------------------------------
@@ -1191,6 +1351,8 @@ def test_all_stages_run_and_report(tiny_run):
     assert report["stages"]["rl"]["n/arithmetic"] == 4 and (tiny_run / "report.html").stat().st_size > 3000
     lines = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in lines if e["stage"] == "base" and "loss" in e] == list(range(8))  # exactly --steps updates
+    saved = torch.load(gpt.latest(tiny_run / "base") / "optimizer_000.pt", weights_only=True)
+    assert saved["steps"] == 8  # of two micro-batches each: an update is not a micro-batch
     losses = [e["loss"] for e in lines if e["stage"] == "base" and "loss" in e]
     assert losses[-1] < losses[0] - 0.3
     printed = (tiny_run / "printed.txt").read_text()
@@ -1217,14 +1379,13 @@ def test_killed_compiled_run_resumes_to_the_same_bits(tiny_run, tmp_path):
     """SIGKILL at a moment nobody chose, with the compiled model; metrics end without doubles."""
     knobs = [*TINY, "--compile=1", "--steps=30", f"--from={tiny_run}"]
     run("pretrain.py", f"--out={tmp_path / 'whole'}", *knobs)
-    cut = [sys.executable, "pretrain.py", f"--out={tmp_path / 'cut'}", *knobs]
-    process = subprocess.Popen(cut, cwd=HERE, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = start("pretrain.py", f"--out={tmp_path / 'cut'}", *knobs, printed=tmp_path / "printed")
     while not gpt.latest(tmp_path / "cut" / "base"):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.02)
     time.sleep(random.random() * 0.3)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     assert int(gpt.latest(tmp_path / "cut" / "base").name[5:]) < 30  # it was cut short
     printed = run("pretrain.py", f"--out={tmp_path / 'cut'}", *knobs)[1]
     assert "going on from step" in printed
@@ -1238,13 +1399,38 @@ def losses(out, stage="base"):
     return [e["loss"] for e in entries if e["stage"] == stage and "loss" in e]
 
 
-def test_two_ranks_equal_one(tiny_run, tmp_path):
-    run("pretrain.py", f"--out={tmp_path}", f"--from={tiny_run}", *TINY, ranks=2)
+def test_ranks_equal_one_process(tiny_run, tmp_path):
+    """Three processes share eight rows unevenly; two go on where three stopped; and SFT on two."""
+    knobs = [f"--out={tmp_path}", f"--from={tiny_run}", *TINY]
+    run("pretrain.py", *knobs, "--stop_after=4", ranks=3)
+    assert len(list(gpt.latest(tmp_path / "base").glob("optimizer_*.pt"))) == 3
+    assert "was 3 ranks of 1 threads, now 2 of 1" in run("pretrain.py", *knobs, ranks=2)[1]
     assert np.abs(np.subtract(losses(tmp_path), losses(tiny_run))).max() < 1e-4
-    one, two = (json.loads((d / "report.json").read_text())["stages"]["base"]["bpb"] for d in (tiny_run, tmp_path))
-    assert abs(one / two - 1) < 0.005
+    one, many = (json.loads((d / "report.json").read_text())["stages"]["base"]["bpb"] for d in (tiny_run, tmp_path))
+    assert abs(one / many - 1) < 0.005
     run("sft.py", f"--out={tmp_path}", f"--from={tiny_run}", *TINY_SFT, ranks=2)
     assert np.abs(np.subtract(losses(tmp_path, "sft"), losses(tiny_run, "sft"))).max() < 1e-4
+
+
+def test_two_nodes_and_a_killed_worker(tiny_run, tmp_path):
+    """Two torchrun agents, as on two machines; a worker is killed, --max-restarts=1 starts all again from the checkpoint."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1"]
+    launch += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "--local_addr=127.0.0.1", "pretrain.py"]
+    launch += [f"--out={tmp_path}", f"--from={tiny_run}", *TINY, "--steps=40", "--save_every=5", "--fresh"]
+    agents = [subprocess.Popen(launch, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    while not (found := gpt.latest(tmp_path / "base")):
+        assert all(a.poll() is None for a in agents)
+        time.sleep(0.02)
+    children = Path(f"/proc/{agents[1].pid}/task/{agents[1].pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    printed = [agent.communicate(timeout=120)[0] for agent in agents]
+    assert [a.returncode for a in agents] == [0, 0], "\n".join(printed)
+    assert "going on from step" in "".join(printed) and gpt.latest(tmp_path / "base").name == "step_000040" > found.name
+    run("pretrain.py", f"--out={tmp_path / 'one'}", f"--from={tiny_run}", *TINY, "--steps=40")
+    assert len(losses(tmp_path)) == 40 and np.abs(np.subtract(losses(tmp_path), losses(tmp_path / "one")))[:20].max() < 1e-4
 
 
 def test_rl_on_two_ranks_takes_the_same_samples(tiny_run, tmp_path):
@@ -1257,6 +1443,21 @@ def test_another_config_stops_and_names_both_ways_out(tiny_run):
     code, printed = run("pretrain.py", f"--out={tiny_run}", *TINY, "--depth=2", check=False)
     assert code and "--out=" in printed and "--fresh" in printed and "depth=1 became 2" in printed and "Traceback" not in printed
     assert gpt.latest(tiny_run / "base")
+
+
+def test_gsm8k_and_own_conversations_in_every_stage(tiny_run, tmp_path):
+    write_gsm8k(tmp_path)
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"messages": [QUESTION, REPLY]}) + "\n")
+    out, files = f"--out={tmp_path / 'out'}", f"--files={tmp_path}"
+    chats = [f"--data={tmp_path / 'mine.jsonl'},{tmp_path / 'gsm8k_train.jsonl'}", "--chats=0"]
+    printed = run("sft.py", out, f"--from={tiny_run}", *TINY_SFT, *chats, "--tasks=gsm8k", files, "--steps=2")[1]
+    assert "fine-tuning: 21 conversations" in printed
+    run("rl.py", out, *TINY_RL, "--task=gsm8k", "--tasks=facts", files, "--steps=1")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())["stages"]
+    assert report["sft"]["n/gsm8k"] == report["rl"]["n/gsm8k"] == 4 and report["rl"]["n/facts"] == 4 and "n/facts" not in report["sft"]
+    assert "gsm8k" in run("evals.py", out, "--tasks=gsm8k", files, "--count=3", "--device=cpu")[1]
+    code, printed = run("rl.py", out, *TINY_RL, "--task=riddles", check=False)
+    assert code and "there is no task 'riddles'; there are facts" in printed and "Traceback" not in printed
 
 
 def test_bad_knobs_get_one_line(tmp_path):
@@ -1276,6 +1477,87 @@ def test_a_stage_notices_another_parent(tiny_run, tmp_path):
     path.write_text(path.read_text().replace('"seconds"', '"Seconds"'))
     code, printed = run("sft.py", f"--out={out}", *TINY_SFT, check=False)
     assert code and "did not start from the base model there is now" in printed and "--fresh" in printed
+
+
+def damage_model(path):
+    content = bytearray((path / "model.pt").read_bytes())
+    content[len(content) // 2] ^= 255
+    (path / "model.pt").write_bytes(content)
+
+
+DAMAGES = {
+    "half a model": lambda path: os.truncate(path / "model.pt", 5000),
+    "a flipped byte": damage_model,
+    "no model": lambda path: (path / "model.pt").unlink(),
+    "half a state": lambda path: os.truncate(path / "state.json", 100),
+    "an empty state": lambda path: os.truncate(path / "state.json", 0),
+    "no optimizer": lambda path: (path / "optimizer_000.pt").unlink(),
+    "half an optimizer": lambda path: os.truncate(path / "optimizer_000.pt", 5000),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_gets_one_line(damage, tiny_run, tmp_path):
+    path = shutil.copytree(gpt.latest(tiny_run / "base"), tmp_path / "base" / "step_000008")
+    model, _ = gpt.load_model(tmp_path / "base", CPU)
+    gpt.load_optimizer(path, optim.build(model, 0.02, 0.3, 0.004))  # whole, they load
+    DAMAGES[damage](path)
+    with pytest.raises(SystemExit, match="step_000008 is damaged") as caught:
+        gpt.load_model(tmp_path / "base", CPU)
+        gpt.load_optimizer(path, optim.build(model, 0.02, 0.3, 0.004))
+    assert "\n" not in str(caught.value) and "--fresh" in str(caught.value)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tiny_run, tmp_path):
+    out = tmp_path / "out"
+    run("pretrain.py", f"--out={out}", f"--from={tiny_run}", *TINY, "--stop_after=2")
+    code, printed = run("pretrain.py", f"--out={out}", f"--from={tiny_run}", *TINY, check=False, limit=100_000)
+    assert code == 1 and printed.splitlines()[-1].startswith("cannot go on: ") and "Traceback" not in printed
+    assert [p.name for p in (out / "base").glob("step_*")] == ["step_000002"]
+    run("pretrain.py", f"--out={out}", f"--from={tiny_run}", *TINY)
+    assert same(weights(out / "base"), weights(tiny_run / "base"))
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_one_line(sign, tiny_run, tmp_path):
+    knobs = [*TINY, f"--out={tmp_path / 'out'}", f"--from={tiny_run}", "--steps=100000", "--save_every=1"]
+    process = start("pretrain.py", *knobs, printed=tmp_path / "printed")
+    while not gpt.latest(tmp_path / "out" / "base"):
+        assert process.is_alive()
+        time.sleep(0.02)
+    os.kill(process.pid, sign)
+    process.join(20)
+    printed = (tmp_path / "printed").read_text()
+    assert process.exitcode == 1 and "Traceback" not in printed
+    assert printed.splitlines()[-1] == "stopped; nothing that was saved is lost, and the same command goes on from there"
+    gpt.load_model(tmp_path / "out" / "base", CPU)
+
+
+@pytest.mark.parametrize("vocab_size, message", [(50, "272"), (60000, "cannot be trained")])
+def test_a_vocabulary_the_text_cannot_give(vocab_size, message, tmp_path):
+    (tmp_path / "a.txt").write_text("a b c d e f g " * 50)
+    code, printed = run("pretrain.py", f"--out={tmp_path / 'out'}", f"--data={tmp_path}", *TINY, f"--vocab_size={vocab_size}", check=False)
+    assert code and message in printed and "Traceback" not in printed and not (tmp_path / "out" / "tokenizer").exists()
+
+
+def test_damaged_data_gets_one_line(tiny_run, tmp_path):
+    out = shutil.copytree(tiny_run, tmp_path / "copy")
+    shutil.rmtree(out / "base")
+    shard = out / "data" / "demo" / "train_0000.bin"
+    os.truncate(shard, shard.stat().st_size - 2)
+    code, printed = run("pretrain.py", f"--out={out}", *TINY, check=False)
+    assert code and "train_0000.bin is damaged" in printed and "Traceback" not in printed
+    os.truncate(out / "data" / "demo" / "meta.json", 3)
+    code, printed = run("pretrain.py", f"--out={out}", *TINY, check=False)
+    assert code and "meta.json is damaged" in printed and "Traceback" not in printed
+
+
+def test_a_reader_that_leaves_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` has done once it has seen enough
+    process = subprocess.Popen([sys.executable, "data.py", "demo", "--count=5000"], cwd=HERE, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert process.communicate(timeout=60)[1] == ""
 
 
 def test_one_writer_a_folder(tiny_run):
@@ -1324,6 +1606,20 @@ def test_rl_rows_supervise_what_was_sampled_only(tokenizer):
     request = Request([1, 2, 3], Params(), ids=[4, 5, 6], sampled=[True, False, True])
     ids, targets, advantages = rl.rows_of([(request, 1.0, 0.5)], "cpu")
     assert ids.tolist() == [[1, 2, 3, 4, 5]] and targets.tolist() == [[-1, -1, 4, -1, 6]] and advantages.tolist() == [0.5]
+
+
+def test_stopping_is_trained(chatty, tokenizer):
+    """An answer that is nothing but its end, and was good, makes that end likelier."""
+    import rl
+    from sample import Request
+
+    stop = tokenizer.special("<|assistant_end|>")
+    ids, targets, advantages = rl.rows_of([(Request([1, 2], Params(), ids=[stop], sampled=[True]), 1.0, 1.0)], "cpu")
+    chatty.zero_grad()
+    (advantages[:, None] * chatty(ids, targets)).sum().backward()
+    grads = chatty.unembed.weight.grad.norm(dim=1)
+    chatty.zero_grad()
+    assert grads[stop] == grads.max() > 0
 
 
 def test_rl_gradient_does_not_depend_on_micro_batches(chatty):
