@@ -12,6 +12,7 @@ order: tokenizer, model, optimizer, data, engine, evaluations, stages, server.
 
 import base64
 import collections
+import copy
 import dataclasses
 import functools
 import gzip
@@ -637,8 +638,11 @@ def test_init_on_meta_equals_direct():
         model = GPT(cfg)
     model = model.to_empty(device="cpu").init(3)
     assert same(model.state_dict(), GPT(cfg).init(3).state_dict())
-    ids = torch.randint(300, (1, 64))
-    assert torch.equal(model(ids), GPT(cfg).init(3)(ids))
+    ids, direct = torch.randint(300, (1, 64)), GPT(cfg).init(3)
+    with torch.no_grad():
+        for p in [*model.parameters(), *direct.parameters()]:
+            p.add_(0.02)  # matrices that begin as zero would hide whatever is before them
+    assert torch.equal(model(ids), direct(ids))
 
 
 def test_loss_is_cross_entropy_and_ignores_the_unsupervised():
@@ -889,10 +893,26 @@ def test_three_epochs_of_a_tiny_file():
     assert data.batch(lone, 2, 16, 0, 5)[1].ge(0).sum() == 4  # two rows with two targets each
 
 
-def test_training_shards_do_not_move_validation(tmp_path, tokenizer):
-    texts = data.demo_texts(1)[:1500]
-    held = [t for t in texts if data.is_held_out(t)]
-    assert 3 < len(held) < 50 and held == [t for t in texts + ["more", "and more"] if data.is_held_out(t)]
+def test_training_shards_do_not_move_validation(tmp_path, tokenizer, monkeypatch):
+    """A file of validation text gives the same batches beside whatever training text; held-out documents stay held out."""
+    monkeypatch.setattr(data.write_shards, "__defaults__", (3000,))  # so that there are many shards
+    texts, more, val = data.demo_texts(1)[:1500], data.demo_texts(2)[:700], data.demo_texts(3, "val")[:50]
+    tokenizer.save(str(tmp_path / "from" / "tokenizer"))
+    (tmp_path / "few").mkdir()
+    for name, content in (("few/b.json", texts), ("val.json", val)):
+        (tmp_path / name).write_text(json.dumps([{"text": t} for t in content]))
+    shutil.copytree(tmp_path / "few", tmp_path / "many")
+    (tmp_path / "many" / "a.json").write_text(json.dumps([{"text": t} for t in more]))
+    (train, held), (train_more, held_more) = (map(set, data.split_documents(tmp_path / name)) for name in ("few", "many"))
+    assert 3 < len(held) < 50 and not train & held and train | held == set(texts)
+    assert held <= held_more and train <= train_more and not train_more & held_more
+    batches, shards = [], []
+    for name in ("few", "many"):
+        cfg = data.PrepareConfig(str(tmp_path / f"out_{name}"), str(tmp_path / "from"), str(tmp_path / name), str(tmp_path / "val.json"))
+        _, _, train, val = data.prepare(cfg, CPU)
+        shards.append(len(train.arrays))
+        batches.append(data.batch(val, val.rows(64, 0), 64, 0, 0))
+    assert 3 < shards[0] < shards[1] and all(torch.equal(a, b) for a, b in zip(*batches))
 
 
 def test_shards_hold_equal_numbers_and_refuse_strangers(tmp_path, tokenizer):
@@ -1218,7 +1238,7 @@ def test_a_request_does_not_depend_on_its_neighbours(chatty, tokenizer):
 
 def test_samples_of_one_prompt_differ_and_follow_the_distribution(chatty, tokenizer):
     flat = [Params(max_tokens=1, temperature=1.0, seed=s) for s in range(64)]
-    assert len({r.ids[0] for r in Engine(chatty, tokenizer, 16).generate([[1, 2, 3]] * 64, flat)}) > 1
+    assert len({r.ids[0] for r in Engine(chatty, tokenizer, 64).generate([[1, 2, 3]] * 64, flat)}) > 1
     draws = [uniform(seed, 7) for seed in range(4000)]
     assert abs(np.mean(draws) - 0.5) < 0.02 and abs(np.mean(np.array(draws) < 0.1) - 0.1) < 0.02
     assert abs(np.corrcoef(draws, [uniform(seed, 8) for seed in range(4000)])[0, 1]) < 0.06
@@ -1233,11 +1253,13 @@ def test_top_k_and_top_p(chatty, tokenizer):
         assert {r.ids[0] for r in engine.generate([[1, 2, 3]] * 32, params)} <= set(allowed)
 
 
-def test_recorded_logprob_equals_scored(chatty, tokenizer):
-    request = Engine(chatty, tokenizer, 2).generate([[5, 6, 7]], Params(max_tokens=12, temperature=1.0, seed=3, tools=False))[0]
-    ids = torch.tensor([request.prompt + request.ids])
-    nats = chatty(ids[:, :-1], ids[:, 1:])[0, 2:]
-    assert (nats + torch.tensor(request.logprobs)).abs().max() < 1e-4
+@pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.7, 20)])
+def test_recorded_logprob_equals_scored(chatty, tokenizer, temperature, top_k):
+    params = Params(max_tokens=12, temperature=temperature, top_k=top_k, seed=3, tools=False)
+    request = Engine(chatty, tokenizer, 2).generate([[5, 6, 7]], params)[0]
+    ids = torch.tensor(request.prompt + request.ids)
+    scored = torch.log_softmax(chatty(ids[None, :-1])[0, 2:] / temperature, -1).gather(1, ids[3:, None])[:, 0]
+    assert (scored - torch.tensor(request.logprobs)).abs().max() < 1e-4
 
 
 class Scripted(torch.nn.Module):
@@ -1597,6 +1619,118 @@ def test_learning_rates_go_up_and_down():
     assert all(0 < s <= 1 for s in scales) and max(scales) == 1 and scales[-1] < scales[0] and scales[-1] < 0.1
     scales = [sft.lr_scale(s, dataclasses.replace(sft.Config(), steps=100)) for s in range(100)]
     assert all(0 < s <= 1 for s in scales) and scales == sorted(scales, reverse=True) and scales[-1] < 0.05
+
+
+def watch_updates(stage, monkeypatch):
+    """Two lists that fill while the stage's main runs here: its first model, and each update's multiplier and gradients."""
+    first, updates = [], []
+
+    def build(model, *rates, **knobs):
+        first.append(copy.deepcopy(model))
+        optimizer = optim.build(model, *rates, **knobs)
+        step = optimizer.step
+
+        def watched(lr_scale):
+            updates.append((lr_scale, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+            step(lr_scale)
+
+        optimizer.step = watched
+        return optimizer
+
+    monkeypatch.setattr(stage, "build", build)
+    return first, updates
+
+
+@pytest.mark.parametrize("micro_rows", [1, 3])
+@pytest.mark.parametrize("name", ["pretrain", "sft"])
+def test_a_stage_takes_the_gradient_of_the_mean(name, micro_rows, tiny_run, tmp_path, monkeypatch):
+    """Eight rows, unevenly supervised and one not at all, make one update, however they are split. A step with nothing
+    supervised has no gradient and no NaN. Multipliers count updates, not micro-batches."""
+    stage, batches = __import__(name), []
+    first, updates = watch_updates(stage, monkeypatch)
+
+    def uneven(*args):
+        ids, targets = data.batch(*args)
+        for i, row in enumerate(targets):
+            row[: 64 - 9 * i if not batches else 64 * (len(batches) == 1)] = -1
+        batches.append((ids, targets))
+        return ids, targets
+
+    monkeypatch.setattr(stage, "batch", uneven)
+    knobs = TINY if name == "pretrain" else [*TINY_SFT, "--batch_rows=8"]
+    stage.main([f"--out={tmp_path}", f"--from={tiny_run}", *knobs, f"--micro_rows={micro_rows}", "--steps=4"])
+    ids, targets = batches[0]
+    loss = F.cross_entropy(first[0](ids).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    loss.backward()
+    for key, p in first[0].named_parameters():
+        assert (updates[0][1][key] - p.grad).abs().max() < 1e-6, key
+    assert all(g.eq(0).all() for g in updates[1][1].values())
+    said = losses(tmp_path, "base" if name == "pretrain" else "sft")
+    assert abs(said[0] - loss.item()) < 1e-4 and said[1] == 0
+    scales = [scale for scale, _ in updates]
+    assert len(scales) == 4 and all(0 <= s <= 1 for s in scales) and scales[-1] < scales[0]
+
+
+def test_weights_and_moments_are_fp32_in_a_bf16_run(tiny_run, tmp_path):
+    """Also through a checkpoint, and nothing is rounded to bf16 on the way."""
+    for _ in range(2):
+        run("pretrain.py", f"--out={tmp_path}", f"--from={tiny_run}", *TINY, "--dtype=bfloat16", "--steps=3", "--stop_after=2")
+    moments = torch.load(gpt.latest(tmp_path / "base") / "optimizer_000.pt", weights_only=True)["blocks"]
+    for name, t in [*weights(tmp_path / "base").items(), *(item for block in moments for item in block.items())]:
+        assert t.dtype == torch.float32 and not torch.equal(t, t.bfloat16().float()), name
+    loaded, _ = gpt.load_model(tmp_path / "base", dataclasses.replace(CPU, dtype=torch.bfloat16))
+    assert same(loaded.state_dict(), weights(tmp_path / "base"))
+
+
+def graded_by_length(monkeypatch):
+    """A reward that a model which says anything at all gets now and then."""
+    monkeypatch.setattr(data.Arithmetic, "grade", lambda item, text: float(len(text) % 2))
+
+
+@pytest.mark.parametrize("micro_rows", [1, 5])
+def test_rl_takes_the_gradient_of_its_formula(micro_rows, tiny_run, tmp_path, monkeypatch):
+    """Against the sum over all answers one by one: none is dropped, tokens weigh the same in every batch, the end of an
+    answer counts, and what was sampled from is what is scored."""
+    import rl
+
+    shutil.copytree(tiny_run / "sft", tmp_path / "sft")
+    tokenizer, trained = data.load_tokenizer(tiny_run)[0], weights(tmp_path / "sft")
+    end, often = tokenizer.special("<|assistant_end|>"), tokenizer.encode(".")[0]
+    trained["unembed.weight"][[end, often]] = trained["unembed.weight"][[often, end]]  # so that answers end now and then
+    torch.save(trained, gpt.latest(tmp_path / "sft") / "model.pt")
+    seen, rollouts = [], rl.rollouts
+    monkeypatch.setattr(rl, "rollouts", lambda *args: seen.append(rollouts(*args)) or seen[-1])
+    graded_by_length(monkeypatch)
+    first, updates = watch_updates(rl, monkeypatch)
+    knobs = [*TINY_RL, "--problems=4", "--samples=8", "--max_tokens=30", f"--micro_rows={micro_rows}", "--steps=2"]
+    rl.main([f"--out={tmp_path}", f"--from={tiny_run}", *knobs])
+    answers, total, count = seen[0][0], 0, 0
+    assert len(answers) == 32 and sum(a != 0 for _, _, a in answers) % 5 and any(r.ids[-1] == end and a for r, _, a in answers)
+    for i, (request, reward, advantage) in enumerate(answers):
+        group = answers[i - i % 8 :][:8]
+        assert len({r.ids[0] for r, _, _ in group}) > 1 and abs(advantage - reward + sum(r for _, r, _ in group) / 8) < 1e-6
+        p = request.params
+        assert (p.temperature, p.top_k, p.top_p) == (1, 0, 1)
+        ids = torch.tensor(request.prompt + request.ids)
+        logprobs = torch.log_softmax(first[0](ids[None, :-1])[0], -1).gather(1, ids[1:, None])[-len(request.ids) :, 0]
+        chosen = torch.tensor(request.sampled)
+        assert (logprobs - torch.tensor(request.logprobs))[chosen].abs().max() < 1e-4
+        total, count = total - advantage * logprobs[chosen].sum(), count + chosen.sum()
+    (total / count).backward()
+    for key, p in first[0].named_parameters():
+        assert (updates[0][1][key] - p.grad).abs().max() < 1e-6, key
+    assert [scale for scale, _ in updates] == [1, 0.5]
+
+
+def test_rl_that_learns_resumes_to_the_same_bits(tiny_run, tmp_path, monkeypatch):
+    import rl
+
+    graded_by_length(monkeypatch)
+    for folder, stop in (("whole", 0), ("cut", 2), ("cut", 0)):
+        rl.main([f"--out={tmp_path / folder}", f"--from={tiny_run}", *TINY_RL, f"--stop_after={stop}"])
+        gpt.lock_folder.held.close()  # as the end of a process does
+    assert same(weights(tmp_path / "cut" / "rl"), weights(tmp_path / "whole" / "rl"))
+    assert not same(weights(tmp_path / "whole" / "rl"), weights(tiny_run / "sft"))  # it did learn
 
 
 def test_rl_rows_supervise_what_was_sampled_only(tokenizer):
