@@ -5,6 +5,7 @@ tasks with their graders, and the demo world.
     python data.py demo --split=test --seed=7          # fresh items of every task of the demo world
     python data.py encode "Hello, 你好" --out=out       # how a text becomes pieces, ids and bytes
     python data.py prepare --data=FOLDER --out=out     # tokenizer and shards alone, without training
+    python data.py prepare --help                      # each of the three has knobs of its own
 
 Text is a file or folder of .txt, .jsonl or .json (field `text`), each also as .gz, or .parquet where pyarrow is
 installed. Conversations are .jsonl with `messages`. Token shards have the layout that llm.c and modded-nanogpt
@@ -419,7 +420,9 @@ def prepare(cfg, machine):
     """
     name = Path(cfg.data).name.split(".")[0] if cfg.data else "demo"
     folder, borrowed = Path(cfg.out) / "data" / name, Path(cfg.from_ or cfg.out) / "data" / name
-    source = [str(cfg.data) or f"demo, seed {cfg.seed}", str(cfg.val_data), cfg.val_documents]
+    cfg.data, cfg.val_data = (p and os.path.realpath(p) for p in (cfg.data, cfg.val_data))  # one text, one name
+    size = sum(f.stat().st_size for p in (cfg.data, cfg.val_data) if p for f in text_files(p))
+    source = [cfg.data or f"demo, seed {cfg.seed}", cfg.val_data, cfg.val_documents, f"{size} bytes"]
     adopt_tokenizer(cfg, machine)
     if machine.first:
         if (borrowed / "meta.json").exists():
@@ -479,8 +482,8 @@ def prepare(cfg, machine):
 def render(messages, tokenizer, reply=False):
     """Token ids of a conversation and, for each, whether the model is to learn it: (ids, mask).
 
-    messages  [{"role": "system" | "user" | "assistant", "content": str or parts}], users and assistants in
-              turn; parts are {"type": "text" | "python" | "output", "text": str}
+    messages  [{"role": "system" | "user" | "assistant", "content": str, or the assistant's parts}], users and
+              assistants in turn; parts are {"type": "text" | "python" | "output", "text": str}
     reply     end with the opening of the assistant's next turn, for the model to go on
 
     <|bos|><|user_start|>Hi<|user_end|><|assistant_start|>Hello!<|assistant_end|>
@@ -600,7 +603,7 @@ def checked(item, where):
         first = int(messages[0]["role"] == "system")
         roles = [m["role"] for m in messages[first:]]
         if "assistant" in roles and roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
-            if all(well_formed(m["content"]) for m in messages) and isinstance(messages[0]["content"], str):
+            if all(well_formed(m["content"]) and (isinstance(m["content"], str) or m["role"] == "assistant") for m in messages):
                 return messages[: len(messages) - len(roles) % 2]  # a last question without an answer teaches nothing
     except (KeyError, TypeError, IndexError, AttributeError, UnicodeEncodeError):
         pass
@@ -611,14 +614,15 @@ def checked(item, where):
 def chat_set(chats, tokenizer, T):
     """Conversations as a TokenSet whose rows hold whole ones.
 
-    A conversation longer than a row loses its oldest exchanges; if its last exchange alone is too long, that
-    one's start is lost, so that every row keeps something supervised.
+    A conversation longer than a row loses its oldest exchanges, never its system message; if its last exchange alone
+    is too long, that one's start is lost, so that every row keeps something supervised.
     """
     bos, ids, masks = tokenizer.special("<|bos|>"), [], []
     for messages in chats:
         tokens, mask = render(messages, tokenizer)
-        while len(tokens) > T + 1 and len(messages) > 3:
-            messages = [m for m in messages if m["role"] != "system"][2:]
+        first = int(messages[0]["role"] == "system")
+        while len(tokens) > T + 1 and len(messages) - first > 2:
+            messages = messages[:first] + messages[first + 2 :]
             tokens, mask = render(messages, tokenizer)
         if len(tokens) > T + 1:
             tokens, mask = [bos, *tokens[-T:]], [False, *mask[-T:]]
@@ -961,7 +965,7 @@ def conversations(seed, count):
 
 
 class Task:
-    """What a model can be asked and graded on; RL learns from the grade.
+    """What a model can be asked and graded on; RL learns from the grade. Tasks are never instantiated.
 
     items(split, seed, count, files="")  dicts with `messages`, which end with the question, and `answer`; split is
                                          "train" or "test"; `files` is the folder of the task's own files, if any
@@ -1129,7 +1133,7 @@ def main(argv):
             for item in TASKS[name].items(cfg.split, cfg.seed, cfg.count):
                 print(f"{item['messages'][-1]['content']}  ->  {item['answer']}")
     elif command == "encode" and rest:
-        cfg = override(EncodeConfig(), rest[1:], __doc__)
+        cfg = override(EncodeConfig(), rest if rest[0] in ("-h", "--help") else rest[1:], __doc__)
         tokenizer, _ = load_tokenizer(cfg.out)
         ids = tokenizer.encode(rest[0])
         for id in ids:

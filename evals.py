@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import DEMO, TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, question, read_documents, task_names, visible
+from data import DEMO, SPECIALS, TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, question, read_documents
+from data import task_names, visible
 from gpt import command, latest, load_model, override, start_machine, write_whole
 from sample import Engine, Params
 
@@ -43,7 +44,7 @@ def bits_per_byte(model, tokenizer, val, machine, micro_rows=16, rows=0):
     """
     T = model.cfg.seq_len
     total = min(rows or 2**62, val.rows(T, 0))
-    size = [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size - 16)] + [0] * 16
+    size = [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size - len(SPECIALS))] + [0] * len(SPECIALS)
     size = torch.tensor(size, device=machine.device)
     ids, targets = batch(val, total, T, 0, 0, machine.rank, machine.world)
     nats, count = 0.0, 0
@@ -151,7 +152,7 @@ CURVES = {  # what is drawn, of each stage, and in which words
     "entropy": "entropy (nats a token)",
     "tokens_per_second": "tokens a second",
 }
-STAGES = {"base": "Pretraining", "mid": "Mid-training", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
+STAGES = {"base": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
 
 
 def page(out, report):

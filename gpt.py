@@ -15,7 +15,8 @@ A decoder-only transformer in the shape that small chat models have settled on:
     value embeddings                    Zhou et al. 2024, arXiv 2410.17897, in modded-nanogpt's form
     soft-capped logits                  Gemma 2, arXiv 2408.00118
 
-Left out: biases, dropout, learned norms and tied embeddings, none of which pays at this size.
+Left out: biases, dropout, learned norms and tied embeddings, none of which pays at this size; and masks between the
+documents of a row: what stands before a <|bos|> can be seen behind it.
 
 Letters for shapes, here and in every other file:
     B batch    T time    C channels (width)    H heads    G key/value heads    D head size
@@ -101,25 +102,30 @@ def command(main):
     """
 
     def stop(*_):
+        signal.setitimer(signal.ITIMER_REAL, 1)  # an exception that comes within a destructor is swallowed: say it again
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(sign, stop)
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         first = os.environ.get("RANK", "0") == "0"  # of several processes, one says it
-        raise SystemExit("\nstopped; nothing that was saved is lost, and the same command goes on from there" if first else 1)
+        raise SystemExit("\nstopped; what was saved stays, and the same command goes on from there" if first else 1)
     except BrokenPipeError:  # whoever read our output has left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
             raise
-        raise SystemExit(f"cannot go on: {error}; nothing that was saved is lost: mend this and run the same command again")
+        raise SystemExit(f"cannot go on: {error}; what was saved stays: mend this and run the same command again")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 # -----------------------------------------------------------------------------
-# Machine: device, precision, process group. The only place that reads the environment.
+# Machine: device, precision, process group
 
 
 @dataclass
@@ -220,7 +226,7 @@ class GPTConfig:
     vocab_size: int = 4096
     seq_len: int = 512  # longest sequence in tokens
     depth: int = 4  # layers
-    width: int = 256  # C; 64 a layer by the dial
+    width: int = 256  # C; 64 a layer by the dial, rounded up to whole heads
     heads: int = 4  # H
     kv_heads: int = 4  # G; H is standard attention, 1 is multi-query
     window_pattern: str = "L"  # one letter a layer, repeated: L sees everything, S half of seq_len; the last layer is L
@@ -308,6 +314,7 @@ class Attention(nn.Module):
         self.gate = Linear(32, self.G) if (cfg.depth - 1 - layer) % 2 == 0 else None
 
     def forward(self, x, value, cos, sin, cache, index):
+        """x (B, T, C); value (B, T, G*D) or None; index (B, T), the positions in the cache, or None without one."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.H, self.D)
         k = self.k(x).view(B, T, self.G, self.D)
@@ -323,10 +330,10 @@ class Attention(nn.Module):
             if not causal:
                 mask = (i <= i[:, None]) & (i > i[:, None] - self.window)  # (T, T)
         else:
-            k, v = cache.update(self.layer, k, v, index)  # (B, G, N, D)
+            k, v = cache.update(self.layer, k, v, index)  # (B, G, span, D)
             i = torch.arange(k.size(2), device=x.device)
-            causal, mask = False, (i <= index[..., None]) & (i > index[..., None] - self.window)  # (B, T, N)
-            mask = mask[:, None]  # (B, 1, T, N)
+            causal, mask = False, (i <= index[..., None]) & (i > index[..., None] - self.window)  # (B, T, span)
+            mask = mask[:, None]  # (B, 1, T, span)
         k, v = (t.repeat_interleave(self.H // self.G, 1) if self.G < self.H else t for t in (k, v))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=causal)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
@@ -373,8 +380,8 @@ class GPT(nn.Module):
     def init(self, seed):
         """Initial weights, the same on every device: drawn on the CPU, in a fixed order, from `seed`.
 
-        Matrices that read the residual stream are uniform with variance 1/fan_in; those that write into it
-        start at zero, so that every block begins as the identity; logits begin near zero.
+        Matrices that read the residual stream are uniform with variance 1/fan_in, value embeddings too; those that write
+        into it start at zero, so that every block begins as the identity; logits begin near zero.
         """
         rng = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
@@ -595,7 +602,7 @@ def load_optimizer(path, optimizer):
         optimizer.load([load_tensors(f) for f in files])
 
 
-# knobs that say where and how a run goes and what it shows, not what it computes
+# knobs that say where and how a run goes and what it shows; a run may go on with others (precision is noted below)
 FREE_KNOBS = {"out", "fresh", "device", "dtype", "threads", "compile", "deterministic", "micro_rows", "stop_after", "prompts"}
 FREE_KNOBS |= {"log_every", "eval_every", "eval_rows", "eval_count", "final_count", "sample_every", "save_every", "tasks", "files"}
 
@@ -629,9 +636,10 @@ def find_resume(folder, cfg, machine, parent=None):
         raise SystemExit(f"{found} did not start from the {cfg.init} model there is now: --out=DIR, or --fresh to start over")
     if state["code"] != code_hash():
         machine.print("note: the code has changed since this run's last checkpoint; going on with the new code")
-    if (state["threads"], state["world"]) != (machine.threads, machine.world):
+    dtype = str(machine.dtype).removeprefix("torch.")
+    if (state["threads"], state["world"], state["dtype"]) != (machine.threads, machine.world, dtype):
         was, now = f"{state['world']} ranks of {state['threads']} threads", f"{machine.world} of {machine.threads}"
-        machine.print(f"note: was {was}, now {now}: sums round differently")
+        machine.print(f"note: was {was} in {state['dtype']}, now {now} in {dtype}: sums round differently")
     return found
 
 

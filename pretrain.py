@@ -6,8 +6,9 @@ Pretraining: from random weights to a model that continues text.
     torchrun --nproc_per_node=8 pretrain.py --depth=20 --seq_len=2048 --vocab_size=65536 --data=FOLDER
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --out=SHARED ...
 
-Several nodes share one folder. Writes out/base/step_NNNNNN. Kill it at any moment and run the same command: it goes on from the last
-checkpoint with the same data, and on CPU ends with the same bits. `dial` below says what follows from --depth.
+Several nodes share one folder. Writes out/base/step_NNNNNN. Kill it at any moment and run the same command: it goes
+on from the last checkpoint with the same data, and on CPU ends with the same bits. A run's length is fixed when it
+starts: the schedule depends on it. `dial` below says what follows from --depth.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from data import batch, prepare
+from data import SPECIALS, batch, prepare
 from evals import bits_per_byte, record
 from gpt import GPT, GPTConfig, command, compile_model, find_resume, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, save_checkpoint, start_machine, trim_metrics
@@ -34,7 +35,7 @@ class Config:
     from_: str = ""  # take tokenizer and data from another run's folder
     fresh: bool = False  # start this stage over; to go on later, leave it out
     # data
-    data: str = ""  # file or folder of .txt, .jsonl, .json, also .gz; empty is the demo world
+    data: str = ""  # file or folder of .txt, .jsonl, .json (also .gz) or .parquet; empty is the demo world
     val_data: str = ""  # fixed validation text; empty holds out one document in a hundred
     val_documents: int = 0  # use only so many documents of val_data; 0 is all
     vocab_size: int = 2048  # of the tokenizer, where one has to be trained
@@ -47,9 +48,9 @@ class Config:
     steps: int = 0  # updates
     batch_tokens: int = 0  # tokens an update, over all ranks
     micro_rows: int = 16  # rows of a forward pass; smaller needs less memory and computes the same
-    lr_matrix: float = 0.0  # Muon, matrices
-    lr_embed: float = 0.0  # AdamW, embeddings
-    lr_unembed: float = 0.0  # AdamW, output layer
+    lr_matrix: float = 0.0  # Muon, matrices (and AdamW, gates)
+    lr_embed: float = 0.0  # AdamW, embeddings; at width 768, others go with 1/sqrt(width)
+    lr_unembed: float = 0.0  # AdamW, output layer; the same
     weight_decay: float = -1.0  # of matrices
     warmup: float = 0.02  # share of steps in which the rates rise from 0
     warmdown: float = 0.5  # share of steps in which they fall to final_lr
@@ -173,7 +174,7 @@ def show_samples(model, tokenizer, cfg):
     prompts = [[tokenizer.special("<|bos|>"), *tokenizer.encode(p)] for p in cfg.prompts.split("|")]
     engine = Engine(model, tokenizer, len(prompts))
     for request in engine.generate(prompts, Params(max_tokens=40, temperature=0.7, top_k=50, seed=cfg.seed)):
-        print("   | " + tokenizer.decode(request.prompt[1:] + [i for i in request.ids if i < tokenizer.vocab_size - 16]).replace("\n", " "))
+        print("   | " + tokenizer.decode(request.prompt[1:] + [i for i in request.ids if i < tokenizer.vocab_size - len(SPECIALS)]).replace("\n", " "))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Config:
     steps: int = 120  # updates
     problems: int = 16  # problems a step, over all ranks
     samples: int = 8  # answers a problem
-    max_tokens: int = 48  # longest answer
+    max_tokens: int = 48  # longest answer while learning; held-out ones may be as long as the task says
     micro_rows: int = 32  # rows of a forward pass; smaller needs less memory and computes the same
     lr_matrix: float = 0.003  # Muon, matrices
     lr_embed: float = 0.002  # AdamW, embeddings
@@ -205,7 +205,9 @@ def describe(answers, tokenizer, cfg):
         "pass_at_k": sum(max(g) == 1 for g in groups) / len(groups),
         "length": sum(len(a[0]) for a in answers) / len(answers),
         "entropy": -sum(chosen) / max(1, len(chosen)),  # the mean surprise of one's own samples estimates it
+        # groups whose answers are all equally good teach nothing
         "no_signal": sum(max(g) == min(g) for g in groups) / len(groups),
+        # of the calls of the calculator, those that it could compute; 0 where there was none
         "valid_calls": sum(c != "error" for c in calls) / max(1, len(calls)),
     }
 

@@ -102,7 +102,7 @@ class Request:
     logprobs: list = field(default_factory=list)  # of each id under the distribution sampled from, before top-k and top-p
     sampled: list = field(default_factory=list)  # False where the tool wrote the token
     forced: deque = field(default_factory=deque)  # the tool's tokens still to be read
-    finish: str = ""  # "stop" or "length" once done
+    finish: str = ""  # "stop", "length" or "cancelled" once done
 
 
 COLD = 1e-3  # a temperature up to this takes the likeliest token; dividing by less would overflow

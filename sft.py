@@ -42,7 +42,7 @@ class Config:
     chats: int = 16000  # conversations of the demo world; 0 is none
     data: str = ""  # conversations of your own: .jsonl files or folders of them, with commas between
     # optimisation
-    steps: int = 240  # updates
+    steps: int = 240  # updates; suits the demo, and the first lines printed say how many epochs it is
     batch_rows: int = 16  # rows of an update, over all ranks
     micro_rows: int = 16  # rows of a forward pass; smaller needs less memory and computes the same
     lr_matrix: float = 0.01  # Muon, matrices
