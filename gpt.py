@@ -259,6 +259,100 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
+class BlockAttention(torch.autograd.Function):
+    """Causal attention for CPUs, where the stock kernel's backward takes several times its arithmetic.
+
+    A block of queries multiplies only with the keys that it can see, a few sequences at a time, so that scores stay
+    in the cache; what is above the diagonal is never computed but inside the diagonal blocks. The probabilities
+    (half of T x T numbers a head) are kept for the backward pass:
+    with P = softmax(Q K' / sqrt(D)) and O = P V,  dV = P' dO,  dS = P * (dO V' - rowsum(dO * O)),  dQ = dS K,  dK = dS' Q.
+    """
+
+    SIZE = 128  # queries a block
+    SEQUENCES = 16  # times heads, at a time
+
+    @staticmethod
+    def blocks(count, T, window):
+        """(which sequences, which queries, which keys), as slices."""
+        size, group = BlockAttention.SIZE, BlockAttention.SEQUENCES
+        for n in range(0, count, group):
+            for start in range(0, T, size):
+                end = min(T, start + size)
+                yield slice(n, n + group), slice(start, end), slice(max(0, start - window + 1), end)
+
+    @staticmethod
+    def forward(ctx, q, k, v, window):
+        """q, k, v (N, T, D), N being batch times heads -> (N, T, D)."""
+        N, T, D = q.shape
+        out, kept = torch.empty_like(q), []
+        for n, i, j in BlockAttention.blocks(N, T, window):
+            scores = torch.bmm(q[n, i], k[n, j].mT).mul_(D**-0.5)  # (n, i, j)
+            ahead = torch.arange(i.start, i.stop)[:, None] - torch.arange(j.start, j.stop)
+            scores.masked_fill_((ahead < 0) | (ahead >= window), -math.inf)
+            kept.append(scores.softmax(-1))
+            out[n, i] = torch.bmm(kept[-1], v[n, j])
+        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.window = window
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, *kept = ctx.saved_tensors
+        N, T, D = q.shape
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad = grad.contiguous()
+        mean = (grad * out).sum(-1, keepdim=True)  # (N, T, 1)
+        for (n, i, j), p in zip(BlockAttention.blocks(N, T, ctx.window), kept):
+            dv[n, j].baddbmm_(p.mT, grad[n, i])
+            ds = torch.bmm(grad[n, i], v[n, j].mT).sub_(mean[n, i]).mul_(p).mul_(D**-0.5)
+            dq[n, i] = torch.bmm(ds, k[n, j])
+            dk[n, j].baddbmm_(ds.mT, q[n, i])
+        return dq, dk, dv, None
+
+
+class TokenLoss(torch.autograd.Function):
+    """Cross-entropy of each token from the last hidden states, some rows of logits at a time.
+
+    The logits of a whole batch (tokens times vocabulary) are the largest thing in training and are never held in fp32.
+    What is kept of them is the loss's slope by each, softmax minus one-hot through the soft cap, in the activations' dtype.
+    """
+
+    @staticmethod
+    def rows(x, weight):
+        """Slices of so many rows that their logits fit a CPU's cache, or a small part of a GPU's memory."""
+        size = max(1, (2**27 if x.is_cuda else 2**22) // len(weight))
+        return [slice(i, i + size) for i in range(0, len(x), size)]
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, softcap):
+        """x (M, C), weight (V, C), targets (M,) with -1 for none -> losses (M,) in nats, fp32."""
+        weight, learn = weight.to(x.dtype), any(ctx.needs_input_grad)
+        losses = torch.empty(len(x), device=x.device)
+        slopes = x.new_empty(len(x), len(weight)) if learn else None
+        for rows in TokenLoss.rows(x, weight):
+            supervised, y = targets[rows, None] >= 0, targets[rows, None].clamp(min=0)
+            bent = (x[rows] @ weight.T).float().div_(softcap).tanh_()  # logits over the soft cap, (rows, V)
+            logits = bent * softcap
+            total = logits.logsumexp(-1, keepdim=True)
+            losses[rows] = ((total - logits.gather(1, y)) * supervised)[:, 0]
+            if learn:
+                slope = logits.sub_(total).exp_()
+                slope.scatter_add_(1, y, slope.new_full(y.shape, -1.0))
+                slopes[rows] = slope.mul_(bent.square_().neg_().add_(1)).mul_(supervised)
+        ctx.save_for_backward(x, weight, slopes)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, slopes = ctx.saved_tensors
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for rows in TokenLoss.rows(x, weight):
+            slope = slopes[rows] * grad[rows, None].to(x.dtype)
+            dx[rows] = slope @ weight
+            dw += slope.T @ x[rows]
+        return dx, dw, None, None
+
+
 class Linear(nn.Linear):
     """No bias; the fp32 weight is cast to the activations' dtype where it is used."""
 
@@ -323,6 +417,11 @@ class Attention(nn.Module):
             gate = 2 * torch.sigmoid(self.gate(x[..., :32]))  # (B, T, G)
             v = v + gate.unsqueeze(-1) * value.view(B, T, self.G, self.D)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        if cache is None and x.device.type == "cpu":
+            k, v = (t.repeat_interleave(self.H // self.G, 2) if self.G < self.H else t for t in (k, v))
+            q, k, v = (t.transpose(1, 2).reshape(B * self.H, T, self.D) for t in (q, k, v))
+            y = BlockAttention.apply(q, k, v, self.window).view(B, self.H, T, self.D)
+            return self.out(y.transpose(1, 2).reshape(B, T, C))
         if cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, T, D)
             i = torch.arange(T, device=x.device)
@@ -435,12 +534,12 @@ class GPT(nn.Module):
             x = block(x, value, cos, sin, cache, index)
         if fill:
             return None
-        logits = self.unembed(norm(x))[..., : self.cfg.vocab_size].float()  # (B, T, V); padding is cut off
-        logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
-        if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-        return loss.view_as(targets)
+        x = norm(x)
+        if targets is not None:
+            weight = self.unembed.weight[: self.cfg.vocab_size]  # padding is cut off
+            return TokenLoss.apply(x.flatten(0, 1), weight, targets.flatten(), self.cfg.softcap).view_as(targets)
+        logits = self.unembed(x)[..., : self.cfg.vocab_size].float()  # (B, T, V)
+        return self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
 
     def sizes(self):
         """Parameters by role, and floating-point operations per trained token, forward and backward."""
@@ -521,11 +620,11 @@ def read_state(path):
         return json.loads((path / "state.json").read_text())
 
 
-def save_checkpoint(folder, step, model, optimizer, machine, state, keep=1):
+def save_checkpoint(folder, step, model, optimizer, machine, state, keep=2):
     """Write folder/step_NNNNNN: model.pt, state.json and each rank's part of the optimizer's state.
 
     `state` is the stage's own JSON (its config, the tokenizer's hash, running figures). All ranks call it.
-    Older checkpoints go once the new one is complete, except the last `keep` of them.
+    Once it is complete, older ones go, so that `keep` remain.
     """
     final = Path(folder) / f"step_{step:06d}"
     part = final.with_name("part")  # not step_*: latest() must not see it
@@ -555,7 +654,7 @@ def save_checkpoint(folder, step, model, optimizer, machine, state, keep=1):
         if final.exists():
             shutil.rmtree(final)
         os.rename(part, final)
-        old = sorted(final.parent.glob("step_[0-9]*[0-9]"), key=lambda p: int(p.name[5:]))[: -1 - keep]
+        old = sorted(final.parent.glob("step_[0-9]*[0-9]"), key=lambda p: int(p.name[5:]))[: -max(1, keep)]
         for path in old:
             shutil.rmtree(path)
     machine.barrier()
@@ -604,7 +703,7 @@ def load_optimizer(path, optimizer):
 
 # knobs that say where and how a run goes and what it shows; a run may go on with others (precision is noted below)
 FREE_KNOBS = {"out", "fresh", "device", "dtype", "threads", "compile", "deterministic", "micro_rows", "stop_after", "prompts"}
-FREE_KNOBS |= {"log_every", "eval_every", "eval_rows", "eval_count", "final_count", "sample_every", "save_every", "tasks", "files"}
+FREE_KNOBS |= {"log_every", "eval_every", "eval_rows", "eval_count", "final_count", "sample_every", "save_every", "keep", "tasks", "files"}
 
 
 def parent_hash(folder):
@@ -657,6 +756,22 @@ def trim_metrics(out, stage, step, machine):
             if entry["stage"] != stage or entry["step"] < step:
                 kept.append(line)
         write_whole(path, "".join(kept))
+
+
+class Patience:
+    """Counts updates that were skipped because the gradient was not finite, and ends the run after several in a row."""
+
+    def __init__(self, most=5):
+        self.most, self.skipped, self.row = most, 0, 0
+
+    def see(self, norm, step, machine):
+        bad = not math.isfinite(norm)
+        self.skipped, self.row = self.skipped + bad, (self.row + 1) * bad
+        if bad:
+            machine.print(f"step {step:5}  skipped: the gradient is not finite ({self.skipped} so far)")
+        if self.row == self.most:
+            line = f"{self.most} updates in a row were skipped up to step {step}, for gradients that are not finite"
+            raise SystemExit(f"{line}; the last checkpoint is from before: lower --lr_matrix or --lr_embed, or look at the data")
 
 
 def log_metrics(out, machine, **entry):

@@ -3,7 +3,7 @@ Muon for matrices, AdamW for everything else, in one optimizer that shares its w
 
     optimizer = build(model, lr_matrix=0.02, lr_embed=0.3, lr_unembed=0.004, weight_decay=0.0)
     loss.backward()              # gradients are SUMS over a rank's tokens, already divided by the global count
-    optimizer.step(lr_scale)     # sums them over ranks, updates, and leaves every rank with the same weights
+    norm = optimizer.step(lr_scale)   # sums them over ranks, updates, and leaves every rank with the same weights
 
 What each does to a gradient g, side by side (functions `adamw` and `muon` below):
 
@@ -28,6 +28,8 @@ Left out: learning-rate schedules (they stay with the stage, which passes `lr_sc
 (neither update grows with the gradient).
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 
@@ -40,14 +42,14 @@ def adamw(g, state, step, beta1, beta2, eps):
     return (m / (1 - beta1**step)).div_((v / (1 - beta2**step)).sqrt_().add_(eps))
 
 
-def muon(g, state, step, momentum):
+def muon(g, state, step, momentum, dtype):
     """Direction for matrices g (n, rows, columns): their Nesterov mean, orthogonalised.
 
     The factor makes an update's effect on a unit input the same for tall matrices as for square ones.
     """
     m = state["m"]
     m.lerp_(g, 1 - momentum)
-    direction = orthogonalise(g.lerp(m, momentum))
+    direction = orthogonalise(g.lerp(m, momentum), dtype)
     return direction * max(1, g.size(1) / g.size(2)) ** 0.5
 
 
@@ -62,17 +64,17 @@ POLAR = [
 ]
 
 
-def orthogonalise(g):
+def orthogonalise(g, dtype=torch.float32):
     """Nearly U V' for g = U S V', batched: g (n, rows, columns), any shape. Zero stays zero.
 
     >>> orthogonalise(torch.tensor([[[3.0, 0.0], [0.0, 0.1]]])).round()
     tensor([[[1., 0.],
              [0., 1.]]])
 
-    Five products of odd polynomials instead of an SVD: only matrix products, which GPUs do best. bf16 is
-    exact enough here and used on CUDA; singular values end within a few percent of one.
+    Five products of odd polynomials instead of an SVD: only matrix products, which hardware does best. `dtype` is
+    that of the products, and bf16 is exact enough: singular values end within a few percent of one.
     """
-    x = g.bfloat16() if g.is_cuda else g
+    x = g.to(dtype)
     wide = x.size(1) <= x.size(2)
     x = x if wide else x.mT  # the Gram matrix is taken on the shorter side
     x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-7)
@@ -106,11 +108,15 @@ class Block:
             self.full = torch.cat([g, g.new_zeros((self.per * self.world - self.count, *g.shape[1:]))])
             self.work = dist.reduce_scatter_tensor(self.mine, self.full, async_op=True)
 
-    def update(self, step):
-        """Turn the summed gradient of the own rows into directions and begin the all-gather."""
+    def square(self):
+        """Sum of squares of the own rows' summed gradient: not finite where a number of it is not."""
         if self.work:
             self.work.wait()
-        knobs = {k: v for k, v in self.group.items() if k in ("beta1", "beta2", "eps", "momentum")}
+        return self.mine.square().sum()
+
+    def update(self, step):
+        """Turn the summed gradient of the own rows into directions and begin the all-gather."""
+        knobs = {k: v for k, v in self.group.items() if k in ("beta1", "beta2", "eps", "momentum", "dtype")}
         rule = muon if self.group["kind"] == "muon" else adamw
         self.direction = rule(self.mine, self.state, step, **knobs)
         if self.world > 1:
@@ -119,12 +125,15 @@ class Block:
 
     def finish(self, lr_scale):
         """Move every parameter; weight decay is decoupled and scales with the learning rate."""
-        if self.work:
+        if self.world > 1:
             self.work.wait()
         lr = self.group["lr"] * lr_scale
         directions = self.direction if self.group["kind"] == "muon" else [self.direction[: self.count]]
         for p, d in zip(self.params, directions):
             p.mul_(1 - lr * self.group["weight_decay"]).sub_(d.view_as(p), alpha=lr)
+        self.drop()
+
+    def drop(self):
         self.direction = self.full = self.mine = self.work = None
 
 
@@ -144,15 +153,27 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self, lr_scale=1.0):
-        """One update of all parameters from their .grad, which are None afterwards. All ranks call it, and their
-        communication overlaps the work."""
-        self.steps += 1
+        """One update of all parameters from their .grad, which are None afterwards; returns the gradient's norm.
+
+        Where that is not finite, nothing moves, neither weights nor state, and the step does not count. All ranks
+        call it; a block's communication overlaps the work on others.
+        """
         for block in self.blocks:
             block.start()
+        total = sum(block.square() for block in self.blocks)
+        if self.blocks[0].world > 1:
+            dist.all_reduce(total)
+        norm = total.sqrt().item()
+        if not math.isfinite(norm):
+            for block in self.blocks:
+                block.drop()
+            return norm
+        self.steps += 1
         for block in self.blocks:
             block.update(self.steps)
         for block in self.blocks:
             block.finish(lr_scale)
+        return norm
 
     def shard(self):
         """This rank's part of the state. Learning rates are no part of it: a rate set after load() holds."""
@@ -179,11 +200,12 @@ def build(model, lr_matrix, lr_embed, lr_unembed, weight_decay=0.0, momentum=0.9
     gates = [p for name, p in inner.items() if "gate" in name]
     matrices = [p for name, p in inner.items() if "gate" not in name]
     adam = {"kind": "adamw", "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.0}
+    muon = {"kind": "muon", "momentum": momentum, "dtype": model.dtype}  # products in the activations' precision
     tables = [model.embed.weight, *model.values.parameters()]
     groups = [
         {**adam, "params": tables, "lr": lr_embed * scale},
         {**adam, "params": [model.unembed.weight], "lr": lr_unembed * scale},
         {**adam, "params": gates, "lr": lr_matrix},
-        {"kind": "muon", "params": matrices, "lr": lr_matrix, "weight_decay": weight_decay, "momentum": momentum},
+        {**muon, "params": matrices, "lr": lr_matrix, "weight_decay": weight_decay},
     ]
     return MuonAdamW(groups, rank, world)

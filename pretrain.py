@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from data import SPECIALS, batch, prepare
 from evals import bits_per_byte, record
-from gpt import GPT, GPTConfig, command, compile_model, find_resume, load_model, load_optimizer, lock_folder, log_metrics
+from gpt import GPT, GPTConfig, Patience, command, compile_model, find_resume, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, save_checkpoint, start_machine, trim_metrics
 from optim import build
 from sample import Engine, Params
@@ -62,6 +62,7 @@ class Config:
     eval_rows: int = 0  # rows of validation on the way; 0 is all of them; the last one always takes all
     sample_every: int = 50  # steps between samples
     save_every: int = 100  # steps between checkpoints
+    keep: int = 2  # newest checkpoints that are kept
     prompts: str = "Once upon a time|The capital of France|Anna has"  # to continue in samples
     stop_after: int = 0  # end this call after so many steps; the same command goes on later
     # machine
@@ -126,6 +127,7 @@ def main(argv):
     machine.print(f"  going on from step {start}" if found else "  from random weights")
 
     clock, seconds = time.time() - state.get("seconds", 0), []
+    patience = Patience()
     for step in range(start, cfg.steps + 1):
         last = step == cfg.steps
         if last or (step and step % cfg.eval_every == 0):
@@ -138,7 +140,7 @@ def main(argv):
             record(cfg.out, machine, "base", {"bpb": bpb}, time.time() - clock)
         if step > start and (last or step % cfg.save_every == 0 or step == start + cfg.stop_after):
             state = {"stage": "base", "config": dataclasses.asdict(cfg), "tokenizer": hash, "seconds": time.time() - clock}
-            save_checkpoint(folder, step, model, optimizer, machine, state)
+            save_checkpoint(folder, step, model, optimizer, machine, state, cfg.keep)
         if last or (cfg.stop_after and step == start + cfg.stop_after):
             break
 
@@ -151,9 +153,10 @@ def main(argv):
             loss = run(x.to(machine.device), y.to(machine.device)).sum()
             (loss / max(1, count)).backward()
             nats += loss.detach()
-        optimizer.step(lr_scale(step, cfg))
+        norm = optimizer.step(lr_scale(step, cfg))
         # ------------------------------------------
 
+        patience.see(norm, step, machine)
         loss = machine.sum(nats.item()) / max(1, count)
         seconds.append(time.time() - t0)
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
@@ -161,10 +164,8 @@ def main(argv):
             speed, left = rows * cfg.seq_len / pace, pace * (cfg.steps - step - 1)
             rate = f"rate x{lr_scale(step, cfg):.2f}  {speed:,.0f} tokens/s"
             machine.print(f"step {step:5}/{cfg.steps}  loss {loss:.4f}  {rate}  {left / 60:.1f} min left")
-            figures = {"loss": loss, "tokens_per_second": speed, "gflops": speed * flops / 1e9}
+            figures = {"loss": loss, "tokens_per_second": speed, "gflops": speed * flops / 1e9, "norm": norm, "skipped": patience.skipped}
             log_metrics(cfg.out, machine, stage="base", step=step, seconds=time.time() - clock, **figures)
-        if loss != loss:
-            raise SystemExit(f"the loss is not a number at step {step}; lower --lr_matrix or --lr_embed, or look at the data")
     if machine.world > 1:
         dist.destroy_process_group()
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from data import DEMO, TASKS, adopt_tokenizer, load_tokenizer, parse, question, task_names, visible
 from evals import record, run_tasks, task_figures
-from gpt import command, find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
+from gpt import Patience, command, find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, parent_hash, save_checkpoint, start_machine, trim_metrics
 from optim import build
 from sample import Engine, Params
@@ -66,6 +66,7 @@ class Config:
     final_count: int = 500  # items a task at the end
     sample_every: int = 30  # steps between printed answers
     save_every: int = 30  # steps between checkpoints
+    keep: int = 2  # newest checkpoints that are kept
     stop_after: int = 0  # end this call after so many steps; the same command goes on later
     # machine
     device: str = "auto"  # cuda, cpu
@@ -143,6 +144,7 @@ def main(argv):
     machine.print(f"  {cfg.steps} steps, " + (f"going on from step {start}" if found else f"from {home}/{cfg.init}"))
 
     clock, seconds = time.time() - (state["seconds"] if found else 0), []
+    patience = Patience()
     for step in range(start, cfg.steps + 1):
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
@@ -155,7 +157,7 @@ def main(argv):
             record(cfg.out, machine, "rl", figures, time.time() - clock, {name: r[2] for name, r in results.items()})
         if step > start and (last or step % cfg.save_every == 0 or step == start + cfg.stop_after):
             state = {"stage": "rl", "config": dataclasses.asdict(cfg), "tokenizer": hash, "seconds": time.time() - clock, "parent": parent}
-            save_checkpoint(folder, step, model, optimizer, machine, state)
+            save_checkpoint(folder, step, model, optimizer, machine, state, cfg.keep)
         if last or (cfg.stop_after and step == start + cfg.stop_after):
             break
 
@@ -170,9 +172,10 @@ def main(argv):
             ids, targets, advantages = rows_of(telling[i : i + cfg.micro_rows], machine.device)
             nats = model(ids, targets)  # (B, T), minus the log-probability of each sampled token
             ((advantages[:, None] * nats).sum() / count).backward()
-        optimizer.step(lr_scale(step, cfg))
+        norm = optimizer.step(lr_scale(step, cfg))
         # ------------------------------------------
 
+        patience.see(norm, step, machine)
         machine.sync()
         seconds.append(time.time() - t0)
         if machine.first and step % cfg.sample_every == 0:
@@ -184,6 +187,7 @@ def main(argv):
             figures = describe(everyone, tokenizer, cfg)
             pace = sorted(seconds[-20:])[len(seconds[-20:]) // 2]
             left = pace * (cfg.steps - step - 1)
+            figures["norm"], figures["skipped"] = norm, patience.skipped
             figures["rollout_share"] = (t1 - t0) / seconds[-1]
             figures["tokens_per_second"] = sum(len(a[0]) for a in everyone) / (t1 - t0)
             now = "  ".join(f"{k} {figures[k]:.3f}" for k in ("reward", "pass_at_k", "length", "entropy"))

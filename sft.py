@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from data import DEMO, adopt_tokenizer, batch, chat_set, conversations, load_tokenizer, read_conversations, render, task_names
 from evals import record, run_tasks, task_figures
-from gpt import command, compile_model, find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
+from gpt import Patience, command, compile_model, find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, parent_hash, save_checkpoint, start_machine, trim_metrics
 from optim import build
 from sample import Engine, Params
@@ -60,6 +60,7 @@ class Config:
     final_count: int = 500  # items a task at the end
     sample_every: int = 60  # steps between samples
     save_every: int = 60  # steps between checkpoints
+    keep: int = 2  # newest checkpoints that are kept
     prompts: str = "Who are you?|What is the capital of Poland?|How many letters \"m\" are in \"committee\"?"  # to answer in samples
     stop_after: int = 0  # end this call after so many steps; the same command goes on later
     # machine
@@ -109,6 +110,7 @@ def main(argv):
     machine.print(f"  {cfg.steps} steps of {cfg.batch_rows} rows ({epochs:.1f} epochs), " + (f"going on from step {start}" if found else f"from {home}/{cfg.init}"))
 
     clock, seconds = time.time() - (state["seconds"] if found else 0), []
+    patience = Patience()
     for step in range(start, cfg.steps + 1):
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
@@ -122,7 +124,7 @@ def main(argv):
             record(cfg.out, machine, "sft", figures, time.time() - clock, {name: r[2] for name, r in results.items()})
         if step > start and (last or step % cfg.save_every == 0 or step == start + cfg.stop_after):
             state = {"stage": "sft", "config": dataclasses.asdict(cfg), "tokenizer": hash, "seconds": time.time() - clock, "parent": parent}
-            save_checkpoint(folder, step, model, optimizer, machine, state)
+            save_checkpoint(folder, step, model, optimizer, machine, state, cfg.keep)
         if last or (cfg.stop_after and step == start + cfg.stop_after):
             break
 
@@ -135,9 +137,10 @@ def main(argv):
             loss = run(x.to(machine.device), y.to(machine.device)).sum()
             (loss / max(1, count)).backward()
             nats += loss.detach()
-        optimizer.step(lr_scale(step, cfg))
+        norm = optimizer.step(lr_scale(step, cfg))
         # ------------------------------------------
 
+        patience.see(norm, step, machine)
         loss = machine.sum(nats.item()) / max(1, count)
         seconds.append(time.time() - t0)
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
@@ -145,9 +148,7 @@ def main(argv):
             speed, left = cfg.batch_rows * T / pace, pace * (cfg.steps - step - 1)
             rate = f"rate x{lr_scale(step, cfg):.2f}  {speed:,.0f} tokens/s"
             machine.print(f"step {step:5}/{cfg.steps}  loss {loss:.4f}  {rate}  {left / 60:.1f} min left")
-            log_metrics(cfg.out, machine, stage="sft", step=step, seconds=time.time() - clock, loss=loss, tokens_per_second=speed)
-        if loss != loss:
-            raise SystemExit(f"the loss is not a number at step {step}; lower --lr_matrix or --lr_embed, or look at the data")
+            log_metrics(cfg.out, machine, stage="sft", step=step, seconds=time.time() - clock, loss=loss, norm=norm, tokens_per_second=speed)
     if machine.world > 1:
         dist.destroy_process_group()
 
