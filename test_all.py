@@ -1746,7 +1746,7 @@ def watch_updates(stage, monkeypatch):
 
         def watched(lr_scale):
             updates.append((lr_scale, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
-            step(lr_scale)
+            return step(lr_scale)
 
         optimizer.step = watched
         return optimizer
