@@ -263,32 +263,35 @@ class BlockAttention(torch.autograd.Function):
     """Causal attention for CPUs, where the stock kernel's backward takes several times its arithmetic.
 
     A block of queries multiplies only with the keys that it can see, a few sequences at a time, so that scores stay
-    in the cache; what is above the diagonal is never computed but inside the diagonal blocks. The probabilities
-    (half of T x T numbers a head) are kept for the backward pass:
-    with P = softmax(Q K' / sqrt(D)) and O = P V,  dV = P' dO,  dS = P * (dO V' - rowsum(dO * O)),  dQ = dS K,  dK = dS' Q.
+    in the cache; what is above the diagonal is computed inside the diagonal blocks alone. The probabilities (half of
+    T x T numbers a head) are kept for the backward pass: with P = softmax(Q K' / sqrt(D)) and O = P V,
+
+        dV = P' dO    dS = P * (dO V' - rowsum(dO * O))    dQ = dS K / sqrt(D)    dK = dS' Q / sqrt(D)
     """
 
-    SIZE = 128  # queries a block
-    SEQUENCES = 16  # times heads, at a time
+    QUERIES, SEQUENCES = 128, 16  # a block's; sequences are counted per head
 
     @staticmethod
     def blocks(count, T, window):
         """(which sequences, which queries, which keys), as slices."""
-        size, group = BlockAttention.SIZE, BlockAttention.SEQUENCES
-        for n in range(0, count, group):
-            for start in range(0, T, size):
-                end = min(T, start + size)
-                yield slice(n, n + group), slice(start, end), slice(max(0, start - window + 1), end)
+        for n in range(0, count, BlockAttention.SEQUENCES):
+            for start in range(0, T, BlockAttention.QUERIES):
+                end = min(T, start + BlockAttention.QUERIES)
+                yield slice(n, n + BlockAttention.SEQUENCES), slice(start, end), slice(max(0, start - window + 1), end)
 
     @staticmethod
     def forward(ctx, q, k, v, window):
         """q, k, v (N, T, D), N being batch times heads -> (N, T, D)."""
         N, T, D = q.shape
-        out, kept = torch.empty_like(q), []
+        q, out, kept = q * D**-0.5, torch.empty_like(q), []
         for n, i, j in BlockAttention.blocks(N, T, window):
-            scores = torch.bmm(q[n, i], k[n, j].mT).mul_(D**-0.5)  # (n, i, j)
-            ahead = torch.arange(i.start, i.stop)[:, None] - torch.arange(j.start, j.stop)
-            scores.masked_fill_((ahead < 0) | (ahead >= window), -math.inf)
+            scores = torch.bmm(q[n, i], k[n, j].mT)  # (n, i, j)
+            size = i.stop - i.start
+            ahead = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)  # keys behind their query
+            scores[..., -size:].masked_fill_(ahead, -math.inf)
+            if i.stop - window > j.start:  # keys that the block's later queries see no more
+                gone = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).tril(i.start - window - j.start)
+                scores.masked_fill_(gone, -math.inf)
             kept.append(scores.softmax(-1))
             out[n, i] = torch.bmm(kept[-1], v[n, j])
         ctx.save_for_backward(q, k, v, out, *kept)
@@ -304,10 +307,10 @@ class BlockAttention(torch.autograd.Function):
         mean = (grad * out).sum(-1, keepdim=True)  # (N, T, 1)
         for (n, i, j), p in zip(BlockAttention.blocks(N, T, ctx.window), kept):
             dv[n, j].baddbmm_(p.mT, grad[n, i])
-            ds = torch.bmm(grad[n, i], v[n, j].mT).sub_(mean[n, i]).mul_(p).mul_(D**-0.5)
+            ds = torch.bmm(grad[n, i], v[n, j].mT).sub_(mean[n, i]).mul_(p)
             dq[n, i] = torch.bmm(ds, k[n, j])
             dk[n, j].baddbmm_(ds.mT, q[n, i])
-        return dq, dk, dv, None
+        return dq.mul_(D**-0.5), dk, dv, None
 
 
 class TokenLoss(torch.autograd.Function):
