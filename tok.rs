@@ -34,9 +34,11 @@
 //! Left out: normalisation, lower-casing and dropout (the model sees the bytes as written), and
 //! special tokens in text (a chat template puts in their ids, so that no user can spell one).
 
+use std::cell::RefCell;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::fs::{self, File};
+use std::hash::BuildHasher;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
@@ -46,12 +48,13 @@ use fancy_regex::{Regex, RegexBuilder};
 use pyo3::exceptions::{PyKeyError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyByteArray, PyBytes, PyString};
+use pyo3::types::{PyByteArray, PyBytes, PyInt, PyList, PyString};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use regex_syntax::hir::{Class, HirKind};
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxBuildHasher, FxHashMap};
 use serde::{Deserialize, Serialize};
+use thread_local::ThreadLocal;
 
 /// GPT-4's split pattern, but with digits in groups of one or two: in a vocabulary of 32,768, the
 /// thousand numbers of three digits would take too much room.
@@ -61,14 +64,19 @@ const PATTERN: &str = concat!(
 );
 
 const NONE: u32 = u32::MAX; // in place of an id: nothing here
+const LONG: u128 = u128::MAX; // in place of a key: the piece has over 15 bytes
 const MAX_VOCAB: usize = 1 << 24; // a damaged file must not make us allocate without bound
-const SHORT: usize = 64; // bytes; up to here a scan over an array beats a heap
-const MAX_PIECE: usize = 1 << 31; // bytes; a longer piece is cut, as places in it have 32 bits
+const MAX_PIECE: usize = 1 << 30; // bytes; a longer piece is cut, as places in it have 32 bits
+const CACHE: usize = 1 << 17; // pieces whose ids a thread remembers, in 4 MB
 const BATCH: usize = 16 << 20; // bytes of text that training takes from Python at a time
 const WINDOW: usize = 1 << 19; // bytes; fancy-regex gives up on a run of a million characters
 
-fn bad<T>(message: String) -> PyResult<T> {
-    Err(PyValueError::new_err(message))
+type Tokens = Vec<Vec<u8>>; // the bytes of each id
+type Named = Vec<(String, u32)>; // special tokens, in id order
+
+/// A ValueError: Err(bad!("id {id} is in a gap")).
+macro_rules! bad {
+    ($($message:tt)*) => { PyValueError::new_err(format!($($message)*)) };
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -97,43 +105,84 @@ static CLASSES: LazyLock<Vec<u8>> = LazyLock::new(|| {
     classes
 });
 
-/// Cuts text into pieces by a pattern: the default one by hand, which is several times as fast,
-/// and any other as a regex.
-struct Splitter {
-    pattern: String,
-    regex: Option<Regex>, // None for the default pattern
+/// What cuts text into pieces: any pattern as a regex, but None for the default one, which is cut
+/// by hand, several times as fast.
+fn splitter(pattern: &str) -> PyResult<Option<Regex>> {
+    if pattern == PATTERN {
+        return Ok(None);
+    }
+    let regex = RegexBuilder::new(pattern).find_not_empty(true).build();
+    regex.map(Some).map_err(|e| bad!("pattern {pattern:?}: {e}"))
 }
 
-impl Splitter {
-    fn new(pattern: &str) -> PyResult<Self> {
-        let mut regex = None;
-        if pattern != PATTERN {
-            let built = RegexBuilder::new(pattern).find_not_empty(true).build();
-            regex = Some(built.or_else(|e| bad(format!("pattern {pattern:?}: {e}")))?);
-        }
-        let pattern = pattern.to_string();
-        Ok(Splitter { pattern, regex })
+/// Calls `each` on the pieces of `text` in order, and on their keys. What a pattern skips is a
+/// piece too, so that the pieces, joined, are always the text.
+fn split(by: &Option<Regex>, text: &str, mut each: impl FnMut(&[u8], u128)) -> PyResult<()> {
+    let (bytes, classes) = (text.as_bytes(), &CLASSES[..]);
+    let mut done = 0;
+    while done < bytes.len() {
+        let end = match by {
+            None => match common_length(classes, sixteen(bytes, done)) {
+                Some(length) => done + length,
+                None => piece_end(classes, text, done),
+            },
+            Some(regex) => match find(regex, text, done)? {
+                (start, end) if start == done => end,
+                (start, _) => start,
+            },
+        };
+        each(&bytes[done..end], key(bytes, done, end));
+        done = end;
     }
+    Ok(())
+}
 
-    /// Calls `each` on the pieces of `text` in order. What a pattern skips is a piece too, so that
-    /// the pieces, joined, are always the text.
-    fn split<'t>(&self, text: &'t str, mut each: impl FnMut(&'t str)) -> PyResult<()> {
-        let classes = &CLASSES[..];
-        let mut done = 0;
-        while done < text.len() {
-            let (start, end) = match &self.regex {
-                None => (done, piece_end(classes, text, done)),
-                Some(regex) => find(regex, text, done)?,
-            };
-            if start > done {
-                each(&text[done..start]);
-            }
-            if end > start {
-                each(&text[start..end]);
-            }
-            done = end;
+/// The 16 bytes from `at` on as one number, the first of them lowest; zeros past the end.
+fn sixteen(bytes: &[u8], at: usize) -> u128 {
+    if let Some(chunk) = bytes[at..].first_chunk() {
+        return u128::from_le_bytes(*chunk);
+    }
+    let mut chunk = [0; 16];
+    chunk[..bytes.len() - at].copy_from_slice(&bytes[at..]);
+    u128::from_le_bytes(chunk)
+}
+
+/// A piece of up to 15 bytes as a number, which is hashed and compared in one step: its bytes, and
+/// its length on top. LONG for a longer piece.
+fn key(bytes: &[u8], start: usize, end: usize) -> u128 {
+    let length = end - start;
+    if length > 15 {
+        return LONG;
+    }
+    let mask = u128::MAX >> (128 - 8 * length);
+    sixteen(bytes, start) & mask | (length as u128) << 120
+}
+
+/// The length of the piece if its first two bytes tell, as they mostly do. Words are measured by
+/// arithmetic on 16 bytes: a loop has a branch a byte, and no CPU foresees where a word ends.
+#[inline(always)]
+fn common_length(classes: &[u8], ahead: u128) -> Option<usize> {
+    const EACH: u128 = u128::MAX / 255; // 1 in every byte
+    let class = |i: usize| match (ahead >> (8 * i)) as u8 {
+        byte @ 0..128 => classes[byte as usize],
+        _ => END, // part of a longer character
+    };
+    let first = class(0);
+    match (first, class(1)) {
+        (LETTER, _) | (OTHER | SPACE, LETTER) if ahead as u8 != b'\'' => {
+            let lower = (ahead | (0x20 * EACH)) & (0x7f * EACH);
+            let from_a = lower + (0x80 - b'a' as u128) * EACH; // the top bit of a byte: is it >= a?
+            let past_z = lower + (0x7f - b'z' as u128) * EACH;
+            let others = !(from_a & !past_z & !ahead) & (0x80 * EACH);
+            let others = if first == LETTER { others } else { others & !0xff };
+            let after = others & others.wrapping_neg(); // the lowest bit: the byte after the word
+            (others != 0 && after & ahead == 0).then_some(others.trailing_zeros() as usize / 8)
         }
-        Ok(())
+        (NUMBER, NUMBER) => Some(2),
+        (NUMBER, LETTER | OTHER | SPACE | NEWLINE) => Some(1),
+        (OTHER, SPACE | NUMBER) | (SPACE, NUMBER) => Some(1),
+        (NEWLINE, LETTER | OTHER | NUMBER) => Some(1),
+        _ => None,
     }
 }
 
@@ -147,25 +196,23 @@ fn find(regex: &Regex, text: &str, at: usize) -> PyResult<(usize, usize)> {
         }
         regex.find_from_pos(&text[..end], at)
     });
-    match found {
-        Ok(Some(part)) => Ok((part.start(), part.end())),
-        Ok(None) => Ok((text.len(), text.len())),
-        Err(e) => bad(format!(
-            "the split pattern failed at byte {at} of a text: {e}"
-        )),
-    }
+    let found = found.map_err(|e| bad!("the split pattern failed at byte {at} of a text: {e}"))?;
+    Ok(found.map_or((text.len(), text.len()), |part| (part.start(), part.end())))
+}
+
+/// The class of the character at byte `at`, and its width in bytes.
+#[inline(never)]
+fn look_wide(classes: &[u8], text: &str, at: usize) -> (u8, usize) {
+    let next = text[at..].chars().next();
+    next.map_or((END, 0), |c| (classes[c as usize], c.len_utf8()))
 }
 
 /// Where the piece that starts at byte `at` ends: PATTERN by hand, its alternatives in order.
 fn piece_end(classes: &[u8], text: &str, at: usize) -> usize {
     let bytes = text.as_bytes();
     let look = |i: usize| match bytes.get(i) {
-        Some(&b) if b < 128 => (classes[b as usize], 1),
-        Some(_) => text[i..]
-            .chars()
-            .next()
-            .map_or((END, 0), |c| (classes[c as usize], c.len_utf8())),
-        None => (END, 0),
+        Some(&byte) if byte < 128 => (classes[byte as usize], 1),
+        _ => look_wide(classes, text, i),
     };
     let run = |mut i: usize, class: u8| {
         loop {
@@ -225,45 +272,60 @@ fn piece_end(classes: &[u8], text: &str, at: usize) -> usize {
 // -------------------------------------------------------------------------------------------------
 // Training: text to merges
 
+/// How often each distinct piece occurs.
+#[derive(Default)]
+struct Counts {
+    short: FxHashMap<u128, i64>, // by key: half the time of a map by bytes
+    long: FxHashMap<Vec<u8>, i64>,
+}
+
+impl Counts {
+    fn add(&mut self, piece: &[u8], key: u128, count: i64) {
+        match key {
+            LONG => *self.long.entry(piece.to_vec()).or_default() += count,
+            _ => *self.short.entry(key).or_default() += count,
+        }
+    }
+
+    fn pieces(self) -> impl Iterator<Item = (Vec<u8>, u128, i64)> {
+        let bytes = |key: u128| key.to_le_bytes()[..(key >> 120) as usize].to_vec();
+        let short = self.short.into_iter().map(move |(key, count)| (bytes(key), key, count));
+        short.chain(self.long.into_iter().map(|(piece, count)| (piece, LONG, count)))
+    }
+}
+
 /// Counts the distinct pieces of `texts`. Memory grows with the pieces, not with the text.
-fn count_pieces(texts: &Bound<PyAny>, splitter: &Splitter) -> PyResult<FxHashMap<String, i64>> {
+fn count_pieces(texts: &Bound<PyAny>, splitter: &Option<Regex>) -> PyResult<Counts> {
     let py = texts.py();
     let pool = threads(0)?;
+    let of_threads: ThreadLocal<RefCell<Counts>> = ThreadLocal::new();
     let mut texts = strings(texts)?;
-    let mut total: FxHashMap<String, i64> = FxHashMap::default();
     loop {
         // Only one thread can take strings from Python, so take a batch of them ...
         let (mut batch, mut bytes) = (Vec::new(), 0);
-        for text in texts.by_ref() {
-            let text = text?;
-            bytes += text.len();
+        while bytes < BATCH {
+            let Some(text) = texts.next().transpose()? else { break };
+            bytes += 64 + text.len(); // an empty one takes room too
             batch.push(text);
-            if bytes >= BATCH {
-                break;
-            }
         }
         if batch.is_empty() {
-            return Ok(total);
+            break;
         }
         // ... and count it on all cores, while Python's other threads may run.
         py.detach(|| {
-            let counting = batch
-                .par_iter()
-                .try_fold(FxHashMap::default, |mut counts, text| {
-                    splitter.split(text, |piece| *counts.entry(piece).or_insert(0) += 1)?;
-                    Ok(counts)
-                });
-            let parts: PyResult<Vec<FxHashMap<&str, i64>>> = pool.install(|| counting.collect());
-            for (piece, count) in parts?.into_iter().flatten() {
-                match total.get_mut(piece) {
-                    Some(sum) => *sum += count,
-                    None => _ = total.insert(piece.to_string(), count),
-                }
-            }
-            PyResult::Ok(())
+            let count = |text: &PyBackedStr| {
+                let mut counts = of_threads.get_or_default().borrow_mut();
+                split(splitter, text, |piece, key| counts.add(piece, key, 1))
+            };
+            pool.install(|| batch.par_iter().try_for_each(count))
         })?;
         py.check_signals()?;
     }
+    let mut total = Counts::default();
+    for counts in of_threads {
+        counts.into_inner().pieces().for_each(|(piece, key, n)| total.add(&piece, key, n));
+    }
+    Ok(total)
 }
 
 /// A pair of neighbours: how often it occurs, and at which slots (some may have gone since).
@@ -286,27 +348,30 @@ struct Pair {
 ///
 /// A merge takes time for the places where its pair occurs, not for the pieces they are in, and
 /// changes the counts of the pairs next to those places, not all counts.
-fn learn(pieces: FxHashMap<String, i64>, merges: usize) -> PyResult<Vec<Vec<u8>>> {
-    let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
+fn learn(pieces: Counts, merges: usize, progress: &Option<Py<PyAny>>) -> PyResult<Tokens> {
+    let mut tokens: Tokens = (0..=255).map(|byte| vec![byte]).collect();
     let mut slots = vec![NONE];
     let mut piece_of = vec![0]; // slot -> index into counts
     let mut counts = Vec::new();
-    for (piece, count) in pieces {
-        slots.extend(piece.bytes().map(u32::from));
+    for (piece, _, count) in pieces.pieces() {
+        slots.extend(piece.into_iter().map(u32::from));
         slots.push(NONE);
         piece_of.resize(slots.len(), counts.len() as u32);
         counts.push(count);
     }
     if slots.len() >= NONE as usize {
-        return bad("the text has over 4 GB of distinct pieces; train on a part of it".into());
+        return Err(bad!("the text has over 4 GB of distinct pieces; train on a part of it"));
     }
 
+    let note = |pair: &mut Pair, count: i64, slot: usize| {
+        pair.count += count;
+        pair.slots.push(slot as u32);
+    };
     let mut pairs: FxHashMap<(u32, u32), Pair> = FxHashMap::default();
     for i in 1..slots.len() - 1 {
         if slots[i] != NONE && slots[i + 1] != NONE {
             let pair = pairs.entry((slots[i], slots[i + 1])).or_default();
-            pair.count += counts[piece_of[i] as usize];
-            pair.slots.push(i as u32);
+            note(pair, counts[piece_of[i] as usize], i);
         }
     }
     // Highest count first, ties to the smallest pair. Pairs are put in here when their newer token
@@ -315,24 +380,27 @@ fn learn(pieces: FxHashMap<String, i64>, merges: usize) -> PyResult<Vec<Vec<u8>>
     let entry = |(&pair, known): (&(u32, u32), &Pair)| (known.count, Reverse(pair));
     let mut heap: BinaryHeap<_> = pairs.iter().map(entry).collect();
 
+    // Where the pair that is merged stands, by the token before it and by the one after it.
+    let mut before: FxHashMap<u32, Pair> = FxHashMap::default();
+    let mut after: FxHashMap<u32, Pair> = FxHashMap::default();
+    let mut losses = Vec::new();
     while tokens.len() < 256 + merges {
-        let Some((count, Reverse((left, right)))) = heap.pop() else {
-            break;
-        };
+        let Some((count @ 1.., Reverse((left, right)))) = heap.pop() else { break };
         let current = pairs[&(left, right)].count;
         if current < count {
-            if current > 0 {
-                heap.push((current, Reverse((left, right))));
-            }
+            heap.push((current, Reverse((left, right))));
             continue;
         }
         let new = tokens.len() as u32;
-        if new % 16 == 0 {
-            Python::attach(|py| py.check_signals())?; // Ctrl-C
+        if new % 64 == 0 {
+            Python::attach(|py| {
+                py.check_signals()?; // Ctrl-C
+                let call = |f: &Py<PyAny>| f.call1(py, (new - 256, merges));
+                progress.as_ref().map(call).transpose()
+            })?;
         }
         tokens.push([&tokens[left as usize][..], &tokens[right as usize]].concat());
         let len = |id: u32| tokens[id as usize].len();
-        let mut fresh = Vec::new(); // the pairs that this merge makes
         // Slots were noted from left to right, so that of "aaa" the first two are merged.
         for slot in pairs.remove(&(left, right)).unwrap_or_default().slots {
             let start = slot as usize;
@@ -341,83 +409,85 @@ fn learn(pieces: FxHashMap<String, i64>, merges: usize) -> PyResult<Vec<Vec<u8>>
                 continue; // an earlier merge took one of the two
             }
             let end = middle + len(right);
-            let (before, after) = (slots[start - 1], slots[end]);
+            let (previous, next) = (slots[start - 1], slots[end]);
             let count = counts[piece_of[start] as usize];
-            for lost in [(before, left), (right, after)] {
-                if let Some(pair) = pairs.get_mut(&lost) {
-                    pair.count -= count;
-                }
+            if previous != NONE {
+                let place = start - len(previous);
+                note(before.entry(previous).or_default(), count, place);
             }
-            let mut gain = |made: (u32, u32), slot: usize| {
-                let pair = pairs.entry(made).or_default();
-                if pair.slots.is_empty() {
-                    fresh.push(made);
-                }
-                pair.count += count;
-                pair.slots.push(slot as u32);
-            };
-            if before != NONE {
-                gain((before, new), start - len(before));
-            }
-            if after != NONE {
-                gain((new, after), start);
+            if next != NONE {
+                note(after.entry(next).or_default(), count, start);
             }
             slots[middle] = NONE;
             slots[end - 1] = new;
             slots[start] = new;
         }
-        let made = fresh.iter().map(|pair| entry((pair, &pairs[pair])));
-        heap.extend(made.filter(|&(count, _)| count > 0)); // the next merge along may undo a pair
+        // (before, left) has become (before, new) at these places, and (right, after) (new, after).
+        let before = before.drain().map(|(id, pair)| ((id, left), (id, new), pair));
+        let after = after.drain().map(|(id, pair)| ((right, id), (new, id), pair));
+        for (lost, made, pair) in before.chain(after) {
+            losses.push((lost, pair.count));
+            heap.push(entry((&made, &pair)));
+            pairs.insert(made, pair);
+        }
+        for (lost, count) in losses.drain(..) {
+            // Of "aaa", the second (a, a) is lost, but has been removed already.
+            if let Some(pair) = pairs.get_mut(&lost) {
+                pair.count -= count;
+            }
+        }
     }
     Ok(tokens)
 }
 
 // -------------------------------------------------------------------------------------------------
-// The tokenizer: encode, decode
+// Encoding: pieces to ids
 
 /// Byte-level BPE. Make one with `Tokenizer.train` or `Tokenizer.load`.
 #[pyclass(frozen, module = "tok")]
 struct Tokenizer {
-    splitter: Splitter,
-    tokens: Vec<Vec<u8>>, // the bytes of each id, a special token's name; empty in a gap
-    specials: Vec<(String, u32)>, // in id order
+    #[pyo3(get)]
+    pattern: String,
+    splitter: Option<Regex>,
+    tokens: Tokens, // a special token has its name; empty in a gap
+    specials: Named,
     ids: FxHashMap<Vec<u8>, u32>, // ordinary tokens only, so that no text can reach a special one
-    bytes: [u32; 256],    // the id of each single byte
+    bytes: [u32; 256],            // the id of each single byte
+    pairs: Vec<[u32; 256]>,       // what each two bytes make, or NONE: half of all look-ups
     glued: FxHashMap<(u32, u32), u32>, // each two tokens that make a third
+    ints: Vec<Py<PyInt>>, // a Python int for each id: making them anew takes most of `encode`
+    known: ThreadLocal<RefCell<Known>>,
 }
+
+/// The ids of pieces that a thread has met, up to four each, so that most cost one look-up. A key
+/// has one place, by its hash, where the newest stays.
+type Known = Vec<(u128, [u32; 4])>;
 
 impl Tokenizer {
     /// `tokens` has the ordinary ones by id, and empty ones in gaps and where special ones go.
-    fn new(
-        pattern: &str,
-        mut tokens: Vec<Vec<u8>>,
-        mut specials: Vec<(String, u32)>,
-    ) -> PyResult<Self> {
-        let mut ids = FxHashMap::default();
-        for (id, token) in (0..).zip(&tokens) {
-            if !token.is_empty() {
-                ids.insert(token.clone(), id);
-            }
-        }
-        let mut bytes = [NONE; 256];
-        for (byte, slot) in (0..).zip(&mut bytes) {
-            match ids.get(&[byte][..]) {
-                Some(&id) => *slot = id,
-                None => return bad(format!("no token is the single byte {byte}")),
-            }
-        }
-        // Ranks made elsewhere do not say which two tokens make a third: all that could, do.
+    fn new(py: Python, pattern: &str, mut tokens: Tokens, specials: Named) -> PyResult<Self> {
+        let ordinary = (0..).zip(&tokens).filter(|(_, token)| !token.is_empty());
+        let ids: FxHashMap<_, _> = ordinary.map(|(id, token)| (token.clone(), id)).collect();
+        let (mut bytes, mut pairs) = ([NONE; 256], vec![[NONE; 256]; 256]);
         let mut glued = FxHashMap::default();
         for (token, &id) in &ids {
+            match token[..] {
+                [byte] => bytes[byte as usize] = id,
+                [a, b] => pairs[a as usize][b as usize] = id,
+                _ => {}
+            }
+            // Ranks made elsewhere do not say which two tokens make a third: all that could, do.
             for (left, right) in (1..token.len()).map(|cut| token.split_at(cut)) {
                 if let (Some(&left), Some(&right)) = (ids.get(left), ids.get(right)) {
                     glued.insert((left, right), id);
                 }
             }
         }
-        specials.sort_by_key(|&(_, id)| id);
+        if let Some(byte) = bytes.iter().position(|&id| id == NONE) {
+            return Err(bad!("no token is the single byte {byte}"));
+        }
         for (i, (name, id)) in specials.iter().enumerate() {
-            let wrong = |what| bad(format!("special token {name:?}, id {id}: {what}"));
+            let wrong = |what| Err(bad!("special token {name:?}, id {id}: {what}"));
             if name.is_empty() || specials[..i].iter().any(|(other, _)| other == name) {
                 return wrong("names must be distinct, and not empty");
             }
@@ -427,32 +497,40 @@ impl Tokenizer {
                 None => return wrong("the id is past the vocabulary"),
             }
         }
-        let splitter = Splitter::new(pattern)?;
-        Ok(Tokenizer {
-            splitter,
-            tokens,
-            specials,
-            ids,
-            bytes,
-            glued,
-        })
+        let int = |id: usize| id.into_pyobject(py).map(Bound::unbind);
+        let ints = (0..tokens.len()).map(int).collect::<Result<_, _>>()?;
+        let (pattern, splitter) = (pattern.to_string(), splitter(pattern)?);
+        let known = ThreadLocal::new();
+        Ok(Tokenizer { pattern, splitter, tokens, specials, ids, bytes, pairs, glued, ints, known })
     }
 
     fn encode_text(&self, text: &str) -> PyResult<Vec<u32>> {
-        let mut ids = Vec::with_capacity(text.len() / 4 + 1);
-        self.splitter.split(text, |piece| {
-            let piece = piece.as_bytes();
-            match self.ids.get(piece) {
-                Some(&id) => ids.push(id), // nine pieces in ten are a token of their own
-                None if piece.len() <= SHORT => self.merge_short(piece, &mut ids),
-                None => {
-                    for part in piece.chunks(MAX_PIECE) {
-                        self.merge_long(part, &mut ids);
-                    }
+        let fresh = || RefCell::new(vec![(0, [0; 4]); CACHE]);
+        let mut known = self.known.get_or(fresh).borrow_mut();
+        let mut out = Vec::with_capacity(text.len() / 4 + 1);
+        split(&self.splitter, text, |piece, key| {
+            let place = FxBuildHasher.hash_one(key) as usize % CACHE;
+            let (holder, ids) = &known[place];
+            if *holder == key {
+                out.push(ids[0]); // nine pieces in ten are one token
+                if ids[1] != NONE {
+                    out.extend(ids[1..].iter().take_while(|&&id| id != NONE));
                 }
+                return;
+            }
+            let begin = out.len();
+            match self.ids.get(piece) {
+                Some(&id) => out.push(id),
+                None => piece.chunks(MAX_PIECE).for_each(|part| self.merge(part, &mut out)),
+            }
+            let made = &out[begin..];
+            if key != LONG && made.len() <= 4 {
+                let mut ids = [NONE; 4];
+                ids[..made.len()].copy_from_slice(made);
+                known[place] = (key, ids);
             }
         })?;
-        Ok(ids)
+        Ok(out)
     }
 
     /// The id that two tokens make, or NONE. An id is a rank too: the lowest is merged first.
@@ -460,80 +538,62 @@ impl Tokenizer {
         self.glued.get(&(left, right)).copied().unwrap_or(NONE)
     }
 
-    /// Appends the ids of a piece: merges the lowest rank, leftmost first, while there is one.
-    fn merge_short(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let begin = out.len();
-        let mut n = piece.len();
-        out.extend(piece.iter().map(|&b| self.bytes[b as usize]));
-        let ids = &mut out[begin..];
-        let mut ranks = [NONE; SHORT]; // ranks[i] is what ids[i] and ids[i + 1] make
-        for i in 0..n - 1 {
-            ranks[i] = self.glue(ids[i], ids[i + 1]);
+    /// Appends the ids of a piece: merges the lowest rank, leftmost first, while there is one. The
+    /// tokens are a linked list, each at the place of its first byte:
+    ///
+    /// ```text
+    /// place   0    1 2 3 4 5            merge the two     0    1   3 4 5
+    /// ids     NONE a b a c NONE         at 1, ab = 256:   NONE 256 a c NONE
+    /// ```
+    ///
+    /// Above them stands a tournament tree: a leaf is what the token at a place makes with the next
+    /// one, any other node the lower of its two children, and the root is the merge to do. A change
+    /// climbs one path, so that a piece of n bytes takes n log n steps, even a megabyte of spaces.
+    fn merge(&self, piece: &[u8], out: &mut Vec<u32>) {
+        let size = (piece.len() + 2).next_power_of_two();
+        let entry = |rank: u32, place: usize| (rank as u64) << 32 | place as u64;
+        let mut ids = vec![NONE; size];
+        let mut next: Vec<u32> = (1..=size as u32).collect();
+        let mut previous: Vec<u32> = (0..size as u32).map(|i| i.max(1) - 1).collect();
+        let mut tree = vec![u64::MAX; 2 * size];
+        for (id, &byte) in ids[1..].iter_mut().zip(piece) {
+            *id = self.bytes[byte as usize];
+        }
+        for (i, pair) in (1..).zip(piece.windows(2)) {
+            tree[size + i] = entry(self.pairs[pair[0] as usize][pair[1] as usize], i);
+        }
+        for node in (1..size).rev() {
+            tree[node] = tree[2 * node].min(tree[2 * node + 1]);
         }
         loop {
-            let mut i = 0; // of the lowest rank, the leftmost of equals
-            for other in 1..n {
-                if ranks[other] < ranks[i] {
-                    i = other;
-                }
-            }
-            if ranks[i] == NONE {
+            let (new, i) = ((tree[1] >> 32) as u32, tree[1] as u32 as usize);
+            if new == NONE {
                 break;
             }
-            ids[i] = ranks[i];
-            ids.copy_within(i + 2..n, i + 1);
-            ranks.copy_within(i + 1..n, i);
-            n -= 1;
-            if i + 1 < n {
-                ranks[i] = self.glue(ids[i], ids[i + 1]);
-            }
-            if i > 0 {
-                ranks[i - 1] = self.glue(ids[i - 1], ids[i]);
-            }
-        }
-        out.truncate(begin + n);
-    }
-
-    /// The same with slots, as in `learn`, and a heap: n log n steps, where the scan takes n * n.
-    fn merge_long(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let len = |id: u32| self.tokens[id as usize].len();
-        let mut slots = vec![NONE; piece.len() + 2];
-        for (slot, &byte) in slots[1..].iter_mut().zip(piece) {
-            *slot = self.bytes[byte as usize];
-        }
-        // ranks[i] is what the token that starts at slot i and the one after it make
-        let glued = slots.windows(2).map(|pair| self.glue(pair[0], pair[1]));
-        let mut ranks: Vec<u32> = glued.collect();
-        let noted = ranks.iter().enumerate().filter(|&(_, &rank)| rank != NONE);
-        // The heap takes most of the time; with (rank, slot) in one number, half as much.
-        let entry = |rank: u32, slot: usize| Reverse((rank as u64) << 32 | slot as u64);
-        let mut heap: BinaryHeap<_> = noted.map(|(slot, &rank)| entry(rank, slot)).collect();
-        while let Some(Reverse(top)) = heap.pop() {
-            let (new, start) = ((top >> 32) as u32, top as u32 as usize);
-            if ranks[start] != new {
-                continue; // one of the two has since become part of another
-            }
-            let middle = start + len(slots[start]);
-            let end = middle + len(slots[middle]);
-            ranks[middle] = NONE;
-            slots[end - 1] = new;
-            slots[start] = new;
-            let mut note = |slot: usize, rank: u32| {
-                ranks[slot] = rank;
-                if rank != NONE {
-                    heap.push(entry(rank, slot));
+            let gone = next[i] as usize;
+            let (before, after) = (previous[i] as usize, next[gone] as usize);
+            ids[i] = new;
+            next[i] = after as u32;
+            previous[after] = i as u32;
+            let with_before = self.glue(ids[before], new);
+            let with_after = self.glue(new, ids[after]);
+            for (place, rank) in [(gone, NONE), (before, with_before), (i, with_after)] {
+                let mut node = size + place;
+                tree[node] = entry(rank, place);
+                while node > 1 {
+                    node /= 2;
+                    let lower = tree[2 * node].min(tree[2 * node + 1]);
+                    if tree[node] == lower {
+                        break; // and so are all above
+                    }
+                    tree[node] = lower;
                 }
-            };
-            note(start, self.glue(new, slots[end]));
-            if slots[start - 1] != NONE {
-                let before = slots[start - 1];
-                note(start - len(before), self.glue(before, new));
             }
         }
-        let mut slot = 1;
-        while slots[slot] != NONE {
-            out.push(slots[slot]);
-            slot += len(slots[slot]);
+        let mut i = 1;
+        while ids[i] != NONE {
+            out.push(ids[i]);
+            i = next[i] as usize;
         }
     }
 
@@ -544,11 +604,8 @@ impl Tokenizer {
         };
         match self.tokens.get(index) {
             Some(token) if !token.is_empty() => Ok(token),
-            Some(_) => bad(format!("id {id} is in a gap of the vocabulary")),
-            None => bad(format!(
-                "id {id} is outside the vocabulary of {} ids",
-                self.tokens.len()
-            )),
+            Some(_) => Err(bad!("id {id} is in a gap of the vocabulary")),
+            None => Err(bad!("id {id} is outside the vocabulary of {} ids", self.tokens.len())),
         }
     }
 }
@@ -557,48 +614,51 @@ impl Tokenizer {
 impl Tokenizer {
     /// Learns a vocabulary of `vocab_size` ids from an iterable of str: the 256 bytes, then merges
     /// (highest count first, ties to the smallest (left id, right id)), then the special tokens.
-    /// ValueError if the text has too few pairs for so many merges.
+    /// ValueError if the text has too few pairs for so many merges. `progress(done, merges)` is
+    /// called now and then while these are learnt; before that, `texts` sees how far we are.
     #[staticmethod]
-    #[pyo3(signature = (texts, vocab_size, special_tokens, pattern=PATTERN))]
+    #[pyo3(signature = (texts, vocab_size, special_tokens, pattern=PATTERN, progress=None))]
     fn train(
         texts: &Bound<PyAny>,
         vocab_size: i64,
         special_tokens: Vec<String>,
         pattern: &str,
+        progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
-        let merges = room(vocab_size, &special_tokens)?;
-        let pieces = count_pieces(texts, &Splitter::new(pattern)?)?;
-        build(texts.py(), pieces, merges, special_tokens, pattern)
+        let least = 256 + special_tokens.len() as i64;
+        if vocab_size < least || vocab_size > MAX_VOCAB as i64 {
+            return Err(bad!("vocab_size is {vocab_size}, not from {least} to {MAX_VOCAB}"));
+        }
+        let pieces = count_pieces(texts, &splitter(pattern)?)?;
+        let merges = (vocab_size - least) as usize;
+        build(texts.py(), pieces, merges, special_tokens, pattern, progress)
     }
 
     /// Private, for tests: `train` on counted pieces, as if from more text than we could read.
     #[staticmethod]
-    fn _train_counts(
-        py: Python,
-        pieces: FxHashMap<String, i64>,
-        vocab_size: i64,
-    ) -> PyResult<Self> {
-        build(py, pieces, room(vocab_size, &[])?, vec![], PATTERN)
+    fn _train_counts(py: Python, pieces: BTreeMap<String, i64>, merges: usize) -> PyResult<Self> {
+        let mut counts = Counts::default();
+        for (piece, count) in &pieces {
+            let bytes = piece.as_bytes();
+            counts.add(bytes, key(bytes, 0, bytes.len()), *count);
+        }
+        build(py, counts, merges, vec![], PATTERN, None)
     }
 
     /// Reads what `save` wrote, or ranks made elsewhere in tiktoken's format. `special_tokens`
     /// renames the stored ones in id order. ValueError says which file and line is wrong.
     #[staticmethod]
     #[pyo3(signature = (dir, special_tokens=None))]
-    fn load(dir: PathBuf, special_tokens: Option<Vec<String>>) -> PyResult<Self> {
+    fn load(py: Python, dir: PathBuf, special_tokens: Option<Vec<String>>) -> PyResult<Self> {
         let path = dir.join("tokenizer.json");
-        let meta: Meta = match serde_json::from_slice(&read(&path)?) {
-            Ok(meta) => meta,
-            Err(e) => return bad(format!("{}: {e}", path.display())), // it gives line and column
-        };
+        let content = fs::read(&path).map_err(|e| at_path(&path, e))?;
+        let path = path.display();
+        let meta: Meta = serde_json::from_slice(&content).map_err(|e| bad!("{path}: {e}"))?;
         let size = meta.vocab_size;
         if size > MAX_VOCAB {
-            return bad(format!(
-                "{}: vocab_size {size} is too large",
-                path.display()
-            ));
+            return Err(bad!("{path}: vocab_size {size} is too large"));
         }
-        let mut specials: Vec<(String, u32)> = match meta.special_tokens {
+        let mut specials: Named = match meta.special_tokens {
             Specials::Ids(ids) => ids.into_iter().collect(),
             Specials::Names(names) => {
                 let first = size.saturating_sub(names.len()) as u32;
@@ -609,37 +669,27 @@ impl Tokenizer {
         if let Some(names) = special_tokens {
             if names.len() != specials.len() {
                 let (new, old) = (names.len(), specials.len());
-                return bad(format!(
-                    "special_tokens: {new} names for the {old} in {}",
-                    path.display()
-                ));
+                return Err(bad!("special_tokens: {new} names for the {old} in {path}"));
             }
-            specials = names
-                .into_iter()
-                .zip(specials)
-                .map(|(name, (_, id))| (name, id))
-                .collect();
+            for ((name, _), new) in specials.iter_mut().zip(names) {
+                *name = new;
+            }
         }
         let tokens = read_ranks(&dir.join("ranks.tiktoken"), size, meta.ranks)?;
-        let made = Tokenizer::new(&meta.pattern, tokens, specials);
-        made.map_err(|e| Python::attach(|py| format!("{}: {}", dir.display(), e.value(py))))
-            .or_else(bad)
+        let made = Tokenizer::new(py, &meta.pattern, tokens, specials);
+        made.map_err(|e| bad!("{}: {}", dir.display(), e.value(py)))
     }
 
     /// Writes `dir`/ranks.tiktoken and `dir`/tokenizer.json, each whole or not at all.
     fn save(&self, dir: PathBuf) -> PyResult<()> {
         fs::create_dir_all(&dir).map_err(|e| at_path(&dir, e))?;
-        let mut ranks: Vec<(u32, &Vec<u8>)> =
-            self.ids.iter().map(|(token, &id)| (id, token)).collect();
+        let mut ranks: Vec<_> = self.ids.iter().map(|(token, &id)| (id, token)).collect();
         ranks.sort();
-        let line =
-            |(id, token): &(u32, &Vec<u8>)| format!("{} {id}\n", BASE64_STANDARD.encode(token));
-        write_whole(
-            &dir.join("ranks.tiktoken"),
-            &ranks.iter().map(line).collect::<String>(),
-        )?;
+        let base64 = |token| BASE64_STANDARD.encode(token);
+        let lines = ranks.iter().map(|&(id, token)| format!("{} {id}\n", base64(token)));
+        write_whole(&dir.join("ranks.tiktoken"), &lines.collect::<String>())?;
         let meta = Meta {
-            pattern: self.splitter.pattern.clone(),
+            pattern: self.pattern.clone(),
             vocab_size: self.tokens.len(),
             ranks: Some(ranks.len()),
             special_tokens: Specials::Ids(self.specials.iter().cloned().collect()),
@@ -649,8 +699,9 @@ impl Tokenizer {
     }
 
     /// The ids of a text. Never those of special tokens, whatever the text spells.
-    fn encode(&self, py: Python, text: &str) -> PyResult<Vec<u32>> {
-        py.detach(|| self.encode_text(text))
+    fn encode<'py>(&self, py: Python<'py>, text: &str) -> PyResult<Bound<'py, PyList>> {
+        let ids = py.detach(|| self.encode_text(text))?;
+        PyList::new(py, ids.iter().map(|&id| &self.ints[id as usize]))
     }
 
     /// The ids of many texts, by several threads (0: one per core). Two bytearrays: uint32 ids of
@@ -663,19 +714,20 @@ impl Tokenizer {
     ) -> PyResult<(Bound<'py, PyByteArray>, Bound<'py, PyByteArray>)> {
         let py = texts.py();
         let texts = strings(texts)?.collect::<PyResult<Vec<_>>>()?;
-        let parts: Vec<Vec<u32>> = py.detach(|| {
+        let (ids, offsets) = py.detach(|| {
             let pool = threads(num_threads.min(texts.len()))?;
             let encoded = texts.par_iter().map(|text| self.encode_text(text));
-            pool.install(|| encoded.collect::<PyResult<_>>())
+            let parts: Vec<Vec<u32>> = pool.install(|| encoded.collect::<PyResult<_>>())?;
+            let mut offsets = vec![0; 8];
+            let mut total = 0u64;
+            for part in &parts {
+                total += part.len() as u64;
+                offsets.extend(total.to_ne_bytes());
+            }
+            PyResult::Ok((parts.concat(), offsets))
         })?;
-        let mut total = 0u64;
-        let mut offsets = total.to_ne_bytes().to_vec();
-        for part in &parts {
-            total += part.len() as u64;
-            offsets.extend(total.to_ne_bytes());
-        }
-        let ids = PyByteArray::new_with(py, 4 * total as usize, |buffer| {
-            for (place, id) in buffer.chunks_exact_mut(4).zip(parts.iter().flatten()) {
+        let ids = PyByteArray::new_with(py, 4 * ids.len(), |buffer| {
+            for (place, id) in buffer.chunks_exact_mut(4).zip(&ids) {
                 place.copy_from_slice(&id.to_ne_bytes());
             }
             Ok(())
@@ -699,30 +751,26 @@ impl Tokenizer {
 
     /// The id of a special token, by name.
     fn special(&self, name: &str) -> PyResult<u32> {
-        match self.specials.iter().find(|(known, _)| known == name) {
-            Some(&(_, id)) => Ok(id),
-            None => Err(PyKeyError::new_err(format!(
-                "no special token {name}; there are: {}",
-                self.special_tokens().join(" ")
-            ))),
-        }
+        let found = self.specials.iter().find(|(known, _)| known == name);
+        found.map(|&(_, id)| id).ok_or_else(|| {
+            let known = self.special_tokens().join(" ");
+            PyKeyError::new_err(format!("no special token {name}; there are: {known}"))
+        })
     }
 
     /// The pieces of a text: what `encode` works on, one by one. Joined, they are the text.
     fn split<'t>(&self, text: &'t str) -> PyResult<Vec<&'t str>> {
-        let mut pieces = Vec::new();
-        self.splitter.split(text, |piece| pieces.push(piece))?;
+        let (mut pieces, mut done) = (Vec::new(), 0);
+        split(&self.splitter, text, |piece, _| {
+            pieces.push(&text[done..done + piece.len()]);
+            done += piece.len();
+        })?;
         Ok(pieces)
     }
 
     #[getter]
     fn vocab_size(&self) -> usize {
         self.tokens.len()
-    }
-
-    #[getter]
-    fn pattern(&self) -> &str {
-        &self.splitter.pattern
     }
 
     /// Names in id order.
@@ -732,39 +780,24 @@ impl Tokenizer {
     }
 }
 
-/// How many merges a vocabulary has room for, beside 256 bytes and the special tokens.
-fn room(vocab_size: i64, specials: &[String]) -> PyResult<usize> {
-    let least = 256 + specials.len() as i64;
-    if vocab_size < least || vocab_size > MAX_VOCAB as i64 {
-        return bad(format!(
-            "vocab_size is {vocab_size}, but must be from {least} to {MAX_VOCAB}"
-        ));
-    }
-    Ok((vocab_size - least) as usize)
-}
-
 /// Learns the merges, and puts the special tokens after them.
 fn build(
     py: Python,
-    pieces: FxHashMap<String, i64>,
+    pieces: Counts,
     merges: usize,
     specials: Vec<String>,
     pattern: &str,
+    progress: Option<Py<PyAny>>,
 ) -> PyResult<Tokenizer> {
-    let mut tokens = py.detach(|| learn(pieces, merges))?;
+    let mut tokens = py.detach(|| learn(pieces, merges, &progress))?;
     let (first, size) = (tokens.len(), tokens.len() + specials.len());
     if first < 256 + merges {
         let found = first - 256;
-        return bad(format!(
-            "the text gives only {found} merges, so vocab_size can be {size} at most"
-        ));
+        return Err(bad!("the text gives only {found} merges: vocab_size can be {size} at most"));
     }
     tokens.resize(size, Vec::new());
-    Tokenizer::new(
-        pattern,
-        tokens,
-        specials.into_iter().zip(first as u32..).collect(),
-    )
+    let specials = specials.into_iter().zip(first as u32..).collect();
+    Tokenizer::new(py, pattern, tokens, specials)
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -773,10 +806,6 @@ fn build(
 /// A FileNotFoundError, PermissionError and so on that says where.
 fn at_path(path: &Path, e: io::Error) -> PyErr {
     io::Error::new(e.kind(), format!("{}: {e}", path.display())).into()
-}
-
-fn read(path: &Path) -> PyResult<Vec<u8>> {
-    fs::read(path).map_err(|e| at_path(path, e))
 }
 
 /// Writes beside the file, then renames: a reader finds the old content or the new, never a part.
@@ -801,29 +830,23 @@ struct Meta {
 }
 
 #[derive(Serialize, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "special_tokens must be {name: id}, or names for the last ids"
-)]
+#[serde(untagged, expecting = "special_tokens must be {name: id}, or names for the last ids")]
 enum Specials {
     Ids(BTreeMap<String, u32>),
     Names(Vec<String>),
 }
 
 /// ranks.tiktoken: the bytes of each id.
-fn read_ranks(path: &Path, size: usize, ranks: Option<usize>) -> PyResult<Vec<Vec<u8>>> {
-    let content = read(path)?;
+fn read_ranks(path: &Path, size: usize, ranks: Option<usize>) -> PyResult<Tokens> {
+    let content = fs::read(path).map_err(|e| at_path(path, e))?;
     let mut tokens = vec![Vec::new(); size];
     let mut seen = FxHashMap::default();
     let mut number = 0;
     for line in String::from_utf8_lossy(&content).lines() {
         number += 1;
-        let wrong = |what| bad(format!("{}, line {number}: {what}", path.display()));
+        let wrong = |what| Err(bad!("{}, line {number}: {what}", path.display()));
         let fields = line.split_once(' ').and_then(|(token, rank)| {
-            Some((
-                BASE64_STANDARD.decode(token).ok()?,
-                rank.parse::<usize>().ok()?,
-            ))
+            Some((BASE64_STANDARD.decode(token).ok()?, rank.parse::<usize>().ok()?))
         });
         match fields {
             Some((token, rank)) if !token.is_empty() => {
@@ -842,7 +865,7 @@ fn read_ranks(path: &Path, size: usize, ranks: Option<usize>) -> PyResult<Vec<Ve
         }
     }
     match ranks {
-        Some(n) if n != number => bad(format!(
+        Some(n) if n != number => Err(bad!(
             "{}, line {number}: the file ends here, but tokenizer.json says {n} lines",
             path.display()
         )),
@@ -850,8 +873,8 @@ fn read_ranks(path: &Path, size: usize, ranks: Option<usize>) -> PyResult<Vec<Ve
     }
 }
 
-/// Threads for one call (0: one per core). Lasting ones would be missing after a fork, and the
-/// child would wait for them for ever.
+/// Threads for one call (0: one per core). Lasting ones would be missing after a fork, and the child
+/// would wait for them for ever.
 fn threads(n: usize) -> PyResult<ThreadPool> {
     let pool = ThreadPoolBuilder::new().num_threads(n).build();
     pool.map_err(|e| io::Error::other(e).into())
@@ -864,16 +887,10 @@ fn strings(texts: &Bound<PyAny>) -> PyResult<impl Iterator<Item = PyResult<PyBac
     }
     Ok(texts.try_iter()?.enumerate().map(|(i, item)| {
         let item = item?;
-        match item.cast::<PyString>() {
-            Ok(text) => PyBackedStr::try_from(text.clone())
-                .or_else(|e| bad(format!("texts: item {i}: {e}"))), // a lone surrogate
-            Err(_) => {
-                let kind = item.get_type();
-                Err(PyTypeError::new_err(format!(
-                    "texts: item {i} is {kind}, not a str"
-                )))
-            }
-        }
+        let kind = item.get_type();
+        let wrong = |_| PyTypeError::new_err(format!("texts: item {i} is {kind}, not a str"));
+        let text = item.cast::<PyString>().map_err(wrong)?.clone();
+        PyBackedStr::try_from(text).map_err(|e| bad!("texts: item {i}: {e}")) // a lone surrogate
     }))
 }
 
