@@ -66,9 +66,10 @@ const PATTERN: &str = concat!(
 
 const NONE: u32 = u32::MAX; // in place of an id: nothing here
 const LONG: u128 = u128::MAX; // in place of a key: the piece has over 15 bytes
-const MAX_VOCAB: usize = 1 << 24; // a damaged file must not make us allocate without bound
+const MAX_VOCAB: usize = (1 << 21) - 1; // so that three ids fit into 64 bits
 const MAX_PIECE: usize = 1 << 30; // bytes; a longer piece is cut, as places in it have 32 bits
 const CACHE: usize = 1 << 17; // pieces whose ids a thread remembers, in 4 MB
+const AHEAD: usize = 32; // pieces whose places there are asked for before they are used
 const BATCH: usize = 16 << 20; // bytes of text that training takes from Python at a time
 const WINDOW: usize = 1 << 19; // bytes; fancy-regex gives up on a run of a million characters
 
@@ -89,6 +90,8 @@ const NUMBER: u8 = 2; // \p{N}
 const SPACE: u8 = 3; // \s without the next two
 const NEWLINE: u8 = 4; // [\r\n]
 const END: u8 = 5; // past the end of the text
+const QUOTE: u8 = 6; // for `common_length`: OTHER, but a contraction may begin here
+const RARE: u8 = 7; // for `common_length`: all that it leaves to `piece_end`
 
 /// The class of each code point, from the regex crate's tables: `char::is_alphabetic` is not \p{L}.
 static CLASSES: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -113,19 +116,24 @@ fn splitter(pattern: &str) -> PyResult<Option<Regex>> {
         return Ok(None);
     }
     let regex = RegexBuilder::new(pattern).find_not_empty(true).build();
-    regex.map(Some).map_err(|e| bad!("pattern {pattern:?}: {e}"))
+    regex
+        .map(Some)
+        .map_err(|e| bad!("pattern {pattern:?}: {e}"))
 }
 
 /// Calls `each` on the pieces of `text` in order, and on their keys. What a pattern skips is a
 /// piece too, so that the pieces, joined, are always the text.
-fn split(by: &Option<Regex>, text: &str, mut each: impl FnMut(&[u8], u128)) -> PyResult<()> {
+fn split<'t, F>(by: &Option<Regex>, text: &'t str, mut each: F) -> PyResult<()>
+where
+    F: FnMut(&'t [u8], u128),
+{
     let (bytes, classes) = (text.as_bytes(), &CLASSES[..]);
     let mut done = 0;
     while done < bytes.len() {
         let end = match by {
-            None => match common_length(classes, sixteen(bytes, done)) {
-                Some(length) => done + length,
-                None => piece_end(classes, text, done),
+            None => match common_length(sixteen(bytes, done)) {
+                0 => piece_end(classes, text, done),
+                length => done + length,
             },
             Some(regex) => match find(regex, text, done)? {
                 (start, end) if start == done => end,
@@ -159,31 +167,73 @@ fn key(bytes: &[u8], start: usize, end: usize) -> u128 {
     sixteen(bytes, start) & mask | (length as u128) << 120
 }
 
-/// The length of the piece if its first two bytes tell, as they mostly do. Words are measured by
-/// arithmetic on 16 bytes: a loop has a branch a byte, and no CPU foresees where a word ends.
+/// The class of each byte, for `common_length`.
+const BYTE_CLASSES: [u8; 256] = {
+    let mut classes = [OTHER; 256];
+    let mut i = 0;
+    while i < 256 {
+        classes[i] = match i as u8 {
+            b'a'..=b'z' | b'A'..=b'Z' => LETTER,
+            b'0'..=b'9' => NUMBER,
+            b' ' => SPACE,
+            b'\r' | b'\n' => NEWLINE,
+            b'\'' => QUOTE,
+            0 | b'\t' | 0x0B | 0x0C | 0x80.. => RARE, // 0 is also past the end
+            _ => OTHER,
+        };
+        i += 1;
+    }
+    classes
+};
+
+const WORD: u8 = 3; // instead of a length: up to the first byte that is no letter
+
+/// The length of a piece by the classes of its first three bytes, three bits each, or 0 if one has
+/// to look closer.
+const LENGTHS: [u8; 512] = {
+    let mut lengths = [0; 512];
+    let mut i = 0;
+    while i < 512 {
+        lengths[i] = match ((i >> 6) as u8, (i >> 3 & 7) as u8, (i & 7) as u8) {
+            (LETTER, _, _) | (OTHER | SPACE, LETTER, _) => WORD,
+            (NUMBER, NUMBER, _) => 2,
+            (NUMBER, LETTER | OTHER | QUOTE | SPACE | NEWLINE, _) => 1,
+            (OTHER | SPACE, NUMBER, _) | (OTHER, SPACE, _) => 1,
+            (OTHER | SPACE, OTHER | QUOTE, LETTER | NUMBER | SPACE) => 2,
+            (OTHER, NEWLINE, LETTER | NUMBER | OTHER | QUOTE | SPACE) => 2,
+            (SPACE, SPACE, LETTER | NUMBER | OTHER | QUOTE) => 1,
+            (NEWLINE, LETTER | NUMBER | OTHER | QUOTE, _) => 1,
+            _ => 0,
+        };
+        i += 1;
+    }
+    lengths
+};
+
+/// The length of the piece that these 16 bytes begin with, if tables and arithmetic tell, as they
+/// mostly do, or 0. Loops and branches would cost more: no CPU foresees where a word ends, or what
+/// comes next, and a wrong guess costs it the time of some 60 operations.
 #[inline(always)]
-fn common_length(classes: &[u8], ahead: u128) -> Option<usize> {
+fn common_length(ahead: u128) -> usize {
     const EACH: u128 = u128::MAX / 255; // 1 in every byte
-    let class = |i: usize| match (ahead >> (8 * i)) as u8 {
-        byte @ 0..128 => classes[byte as usize],
-        _ => END, // part of a longer character
+    let class = |i: usize| BYTE_CLASSES[(ahead >> (8 * i)) as u8 as usize] as usize;
+    let length = LENGTHS[class(0) << 6 | class(1) << 3 | class(2)];
+
+    let lower = (ahead | (0x20 * EACH)) & (0x7f * EACH);
+    let from_a = lower + (0x80 - b'a' as u128) * EACH; // the top bit of a byte: is it >= a?
+    let past_z = lower + (0x7f - b'z' as u128) * EACH;
+    let others = !(from_a & !past_z & !ahead) & (0x80 * EACH) & !0xff;
+    let after = others & others.wrapping_neg(); // the lowest bit: the byte after the word
+    let ends_here = others != 0 && after & ahead == 0; // and not in a longer character
+    let word = if ends_here {
+        others.trailing_zeros() as usize / 8
+    } else {
+        0
     };
-    let first = class(0);
-    match (first, class(1)) {
-        (LETTER, _) | (OTHER | SPACE, LETTER) if ahead as u8 != b'\'' => {
-            let lower = (ahead | (0x20 * EACH)) & (0x7f * EACH);
-            let from_a = lower + (0x80 - b'a' as u128) * EACH; // the top bit of a byte: is it >= a?
-            let past_z = lower + (0x7f - b'z' as u128) * EACH;
-            let others = !(from_a & !past_z & !ahead) & (0x80 * EACH);
-            let others = if first == LETTER { others } else { others & !0xff };
-            let after = others & others.wrapping_neg(); // the lowest bit: the byte after the word
-            (others != 0 && after & ahead == 0).then_some(others.trailing_zeros() as usize / 8)
-        }
-        (NUMBER, NUMBER) => Some(2),
-        (NUMBER, LETTER | OTHER | SPACE | NEWLINE) => Some(1),
-        (OTHER, SPACE | NUMBER) | (SPACE, NUMBER) => Some(1),
-        (NEWLINE, LETTER | OTHER | NUMBER) => Some(1),
-        _ => None,
+    if length == WORD {
+        word
+    } else {
+        length as usize
     }
 }
 
@@ -290,8 +340,15 @@ impl Counts {
 
     fn pieces(self) -> impl Iterator<Item = (Vec<u8>, u128, i64)> {
         let bytes = |key: u128| key.to_le_bytes()[..(key >> 120) as usize].to_vec();
-        let short = self.short.into_iter().map(move |(key, count)| (bytes(key), key, count));
-        short.chain(self.long.into_iter().map(|(piece, count)| (piece, LONG, count)))
+        let short = self
+            .short
+            .into_iter()
+            .map(move |(key, count)| (bytes(key), key, count));
+        short.chain(
+            self.long
+                .into_iter()
+                .map(|(piece, count)| (piece, LONG, count)),
+        )
     }
 }
 
@@ -305,7 +362,9 @@ fn count_pieces(texts: &Bound<PyAny>, splitter: &Option<Regex>) -> PyResult<Coun
         // Only one thread can take strings from Python, so take a batch of them ...
         let (mut batch, mut bytes) = (Vec::new(), 0);
         while bytes < BATCH {
-            let Some(text) = texts.next().transpose()? else { break };
+            let Some(text) = texts.next().transpose()? else {
+                break;
+            };
             bytes += 64 + text.len(); // an empty one takes room too
             batch.push(text);
         }
@@ -361,7 +420,9 @@ fn learn(pieces: Counts, merges: usize, progress: &Option<Py<PyAny>>) -> PyResul
         counts.push(count);
     }
     if slots.len() >= NONE as usize {
-        return Err(bad!("the text has over 4 GB of distinct pieces; train on a part of it"));
+        return Err(bad!(
+            "the text has over 4 GB of distinct pieces; train on a part of it"
+        ));
     }
     let note = |pair: &mut Pair, count: i64, slot: usize| {
         pair.count += count;
@@ -384,7 +445,9 @@ fn learn(pieces: Counts, merges: usize, progress: &Option<Py<PyAny>>) -> PyResul
     let mut after: FxHashMap<u32, Pair> = FxHashMap::default();
     let mut losses = Vec::new();
     while tokens.len() < 256 + merges {
-        let Some((count @ 1.., Reverse((left, right)))) = heap.pop() else { break };
+        let Some((count @ 1.., Reverse((left, right)))) = heap.pop() else {
+            break;
+        };
         let current = pairs[&(left, right)].count;
         if current < count {
             heap.push((current, Reverse((left, right))));
@@ -422,8 +485,12 @@ fn learn(pieces: Counts, merges: usize, progress: &Option<Py<PyAny>>) -> PyResul
             slots[start] = new;
         }
         // (before, left) has become (before, new) at these places, and (right, after) (new, after).
-        let before = before.drain().map(|(id, pair)| ((id, left), (id, new), pair));
-        let after = after.drain().map(|(id, pair)| ((right, id), (new, id), pair));
+        let before = before
+            .drain()
+            .map(|(id, pair)| ((id, left), (id, new), pair));
+        let after = after
+            .drain()
+            .map(|(id, pair)| ((right, id), (new, id), pair));
         for (lost, made, pair) in before.chain(after) {
             losses.push((lost, pair.count));
             heap.push(entry((&made, &pair)));
@@ -452,15 +519,73 @@ struct Tokenizer {
     specials: Named,
     ids: FxHashMap<Vec<u8>, u32>, // ordinary tokens only, so that no text can reach a special one
     bytes: [u32; 256],            // the id of each single byte
+    short: FxHashMap<u128, u32>,  // the tokens of up to 15 bytes again, by key
     pairs: Vec<[u32; 256]>,       // what each two bytes make, or NONE: half of all look-ups
-    glued: FxHashMap<(u32, u32), u32>, // each two tokens that make a third
+    glue: Glue,
     ints: Vec<Py<PyInt>>, // a Python int for each id: making them anew takes most of `encode`
     known: ThreadLocal<RefCell<Known>>,
+}
+
+/// What each two tokens make. A hash table with one number an entry, left id, right id and new id
+/// in 21 bits each, so that a look-up mostly reads 8 bytes from one place.
+struct Glue {
+    table: Vec<u64>,
+    shift: u32,
+}
+
+impl Glue {
+    const EMPTY: u64 = u64::MAX;
+
+    fn new(made: &[(u32, u32, u32)]) -> Self {
+        let bits = (made.len() + made.len() / 2 + 2)
+            .next_power_of_two()
+            .trailing_zeros();
+        let mut glue = Glue {
+            table: vec![Self::EMPTY; 1 << bits],
+            shift: 64 - bits,
+        };
+        for &(left, right, id) in made {
+            let (place, pair) = glue.find(left, right);
+            glue.table[place] = pair << 21 | id as u64;
+        }
+        glue
+    }
+
+    /// Where a pair stands or belongs: at its hash, or else at the next place that is free.
+    fn find(&self, left: u32, right: u32) -> (usize, u64) {
+        let pair = (left as u64) << 21 | right as u64;
+        let mut place = (pair.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> self.shift) as usize; // Knuth
+        while self.table[place] != Self::EMPTY && self.table[place] >> 21 != pair {
+            place = (place + 1) % self.table.len();
+        }
+        (place, pair)
+    }
+
+    /// The id that two tokens make, or NONE. An id is a rank too: the lowest is merged first.
+    fn get(&self, left: u32, right: u32) -> u32 {
+        if left == NONE || right == NONE {
+            return NONE;
+        }
+        match self.table[self.find(left, right).0] {
+            Self::EMPTY => NONE,
+            entry => entry as u32 & 0x1f_ffff,
+        }
+    }
 }
 
 /// The ids of pieces that a thread has met, up to four each, so that most cost one look-up. A key
 /// has one place, by its hash, where the newest stays.
 type Known = Vec<(u128, [u32; 4])>;
+
+/// Asks the memory for an entry. It answers after the time of a hundred operations, but many such
+/// questions at once in the time of one.
+fn prefetch(_entry: &(u128, [u32; 4])) {
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>((&raw const *_entry).cast());
+    }
+}
 
 impl Tokenizer {
     /// `tokens` has the ordinary ones by id, and empty ones in gaps and where special ones go.
@@ -468,7 +593,7 @@ impl Tokenizer {
         let ordinary = (0..).zip(&tokens).filter(|(_, token)| !token.is_empty());
         let ids: FxHashMap<_, _> = ordinary.map(|(id, token)| (token.clone(), id)).collect();
         let (mut bytes, mut pairs) = ([NONE; 256], vec![[NONE; 256]; 256]);
-        let mut glued = FxHashMap::default();
+        let mut made = Vec::new();
         for (token, &id) in &ids {
             match token[..] {
                 [byte] => bytes[byte as usize] = id,
@@ -478,7 +603,7 @@ impl Tokenizer {
             // Ranks made elsewhere do not say which two tokens make a third: all that could, do.
             for (left, right) in (1..token.len()).map(|cut| token.split_at(cut)) {
                 if let (Some(&left), Some(&right)) = (ids.get(left), ids.get(right)) {
-                    glued.insert((left, right), id);
+                    made.push((left, right, id));
                 }
             }
         }
@@ -499,46 +624,116 @@ impl Tokenizer {
         let ints = (0..tokens.len()).map(|id| Ok(id.into_pyobject(py)?.unbind()));
         let ints = ints.collect::<PyResult<_>>()?;
         let (pattern, splitter) = (pattern.to_string(), splitter(pattern)?);
-        let known = ThreadLocal::new();
-        Ok(Tokenizer { pattern, splitter, tokens, specials, ids, bytes, pairs, glued, ints, known })
+        let keys = ids
+            .iter()
+            .map(|(token, &id)| (key(token, 0, token.len()), id));
+        let short = keys.filter(|&(key, _)| key != LONG).collect();
+        let (glue, known) = (Glue::new(&made), ThreadLocal::new());
+        Ok(Tokenizer {
+            pattern,
+            splitter,
+            tokens,
+            specials,
+            ids,
+            bytes,
+            short,
+            pairs,
+            glue,
+            ints,
+            known,
+        })
     }
 
     fn encode_text(&self, text: &str) -> PyResult<Vec<u32>> {
         let fresh = || RefCell::new(vec![(0, [0; 4]); CACHE]);
         let mut known = self.known.get_or(fresh).borrow_mut();
-        let mut out = Vec::with_capacity(text.len() / 4 + 1);
+        let mut out = Vec::with_capacity(text.len() / 3 + 1);
+        let mut batch = Vec::with_capacity(AHEAD);
         split(&self.splitter, text, |piece, key| {
             let place = FxBuildHasher.hash_one(key) as usize % CACHE;
+            prefetch(&known[place]);
+            batch.push((piece, key, place));
+            if batch.len() == AHEAD {
+                self.encode_pieces(&batch, &mut known, &mut out);
+                batch.clear();
+            }
+        })?;
+        self.encode_pieces(&batch, &mut known, &mut out);
+        Ok(out)
+    }
+
+    /// Appends the ids of some pieces, given with their keys and their places in `known`.
+    fn encode_pieces(&self, batch: &[(&[u8], u128, usize)], known: &mut Known, out: &mut Vec<u32>) {
+        for &(piece, key, place) in batch {
             let (holder, ids) = &known[place];
             if *holder == key {
                 out.push(ids[0]); // nine pieces in ten are one token
                 if ids[1] != NONE {
                     out.extend(ids[1..].iter().take_while(|&&id| id != NONE));
                 }
-                return;
+                continue;
+            }
+            if key == LONG {
+                match self.ids.get(piece) {
+                    Some(&id) => out.push(id),
+                    None => piece
+                        .chunks(MAX_PIECE)
+                        .for_each(|part| self.merge(part, out)),
+                }
+                continue;
             }
             let begin = out.len();
-            match self.ids.get(piece) {
+            match self.short.get(&key) {
                 Some(&id) => out.push(id),
-                None => piece.chunks(MAX_PIECE).for_each(|part| self.merge(part, &mut out)),
+                None => self.merge_short(piece, out),
             }
             let made = &out[begin..];
-            if key != LONG && made.len() <= 4 {
+            if made.len() <= 4 {
                 let mut ids = [NONE; 4];
                 ids[..made.len()].copy_from_slice(made);
                 known[place] = (key, ids);
             }
-        })?;
-        Ok(out)
+        }
     }
 
-    /// The id that two tokens make, or NONE. An id is a rank too: the lowest is merged first.
-    fn glue(&self, left: u32, right: u32) -> u32 {
-        self.glued.get(&(left, right)).copied().unwrap_or(NONE)
+    /// Appends the ids of a piece of up to 15 bytes: merges the lowest rank, leftmost first, while
+    /// there is one.
+    fn merge_short(&self, piece: &[u8], out: &mut Vec<u32>) {
+        let mut ids = [NONE; 16];
+        let mut ranks = [NONE; 16]; // what each id makes with the next one
+        for (id, &byte) in ids.iter_mut().zip(piece) {
+            *id = self.bytes[byte as usize];
+        }
+        for (rank, pair) in ranks.iter_mut().zip(piece.windows(2)) {
+            *rank = self.pairs[pair[0] as usize][pair[1] as usize];
+        }
+        let mut n = piece.len();
+        loop {
+            let (mut i, mut new) = (0, NONE);
+            for (j, &rank) in ranks[..n].iter().enumerate() {
+                if rank < new {
+                    (i, new) = (j, rank);
+                }
+            }
+            if new == NONE {
+                break;
+            }
+            n -= 1;
+            ids[i] = new;
+            for j in i + 1..n {
+                (ids[j], ranks[j]) = (ids[j + 1], ranks[j + 1]);
+            }
+            (ids[n], ranks[n]) = (NONE, NONE);
+            ranks[i] = self.glue.get(new, ids[i + 1]);
+            if i > 0 {
+                ranks[i - 1] = self.glue.get(ids[i - 1], new);
+            }
+        }
+        out.extend_from_slice(&ids[..n]);
     }
 
-    /// Appends the ids of a piece: merges the lowest rank, leftmost first, while there is one. The
-    /// tokens are a linked list, each at the place of its first byte:
+    /// The same for a piece of any length, where moving what follows would take n steps a merge. The
+    /// tokens are a linked list instead, each at the place of its first byte:
     ///
     /// ```text
     /// place   0    1 2 3 4 5            merge the two     0    1   3 4 5
@@ -574,8 +769,8 @@ impl Tokenizer {
             ids[i] = new;
             next[i] = after as u32;
             previous[after] = i as u32;
-            let with_before = self.glue(ids[before], new);
-            let with_after = self.glue(new, ids[after]);
+            let with_before = self.glue.get(ids[before], new);
+            let with_after = self.glue.get(new, ids[after]);
             for (place, rank) in [(gone, NONE), (before, with_before), (i, with_after)] {
                 let mut node = size + place;
                 tree[node] = entry(rank, place);
@@ -604,7 +799,10 @@ impl Tokenizer {
         match self.tokens.get(index) {
             Some(token) if !token.is_empty() => Ok(token),
             Some(_) => Err(bad!("id {id} is in a gap of the vocabulary")),
-            None => Err(bad!("id {id} is outside the vocabulary of {} ids", self.tokens.len())),
+            None => Err(bad!(
+                "id {id} is outside the vocabulary of {} ids",
+                self.tokens.len()
+            )),
         }
     }
 }
@@ -626,11 +824,20 @@ impl Tokenizer {
     ) -> PyResult<Self> {
         let least = 256 + special_tokens.len() as i64;
         if vocab_size < least || vocab_size > MAX_VOCAB as i64 {
-            return Err(bad!("vocab_size is {vocab_size}, not from {least} to {MAX_VOCAB}"));
+            return Err(bad!(
+                "vocab_size is {vocab_size}, not from {least} to {MAX_VOCAB}"
+            ));
         }
         let pieces = count_pieces(texts, &splitter(pattern)?)?;
         let merges = (vocab_size - least) as usize;
-        build(texts.py(), pieces, merges, special_tokens, pattern, progress)
+        build(
+            texts.py(),
+            pieces,
+            merges,
+            special_tokens,
+            pattern,
+            progress,
+        )
     }
 
     /// Private, for tests: `train` on counted pieces, as if from more text than we could read.
@@ -685,7 +892,9 @@ impl Tokenizer {
         let mut ranks: Vec<_> = self.ids.iter().map(|(token, &id)| (id, token)).collect();
         ranks.sort();
         let base64 = |token| BASE64_STANDARD.encode(token);
-        let lines = ranks.iter().map(|&(id, token)| format!("{} {id}\n", base64(token)));
+        let lines = ranks
+            .iter()
+            .map(|&(id, token)| format!("{} {id}\n", base64(token)));
         write_whole(&dir.join("ranks.tiktoken"), &lines.collect::<String>())?;
         let meta = Meta {
             pattern: self.pattern.clone(),
@@ -713,7 +922,7 @@ impl Tokenizer {
     ) -> PyResult<(Bound<'py, PyByteArray>, Bound<'py, PyByteArray>)> {
         let py = texts.py();
         let texts = strings(texts)?.collect::<PyResult<Vec<_>>>()?;
-        let (ids, offsets) = py.detach(|| {
+        let (parts, offsets) = py.detach(|| {
             let pool = threads(num_threads.min(texts.len()))?;
             let encoded = texts.par_iter().map(|text| self.encode_text(text));
             let parts: Vec<Vec<u32>> = pool.install(|| encoded.collect::<PyResult<_>>())?;
@@ -723,11 +932,17 @@ impl Tokenizer {
                 total += part.len() as u64;
                 offsets.extend(total.to_ne_bytes());
             }
-            PyResult::Ok((parts.concat(), offsets))
+            PyResult::Ok((parts, offsets))
         })?;
-        let ids = PyByteArray::new_with(py, 4 * ids.len(), |buffer| {
-            for (place, id) in buffer.chunks_exact_mut(4).zip(&ids) {
-                place.copy_from_slice(&id.to_ne_bytes());
+        let total: usize = parts.iter().map(Vec::len).sum();
+        let ids = PyByteArray::new_with(py, 4 * total, |buffer| {
+            let mut rest = buffer;
+            for part in &parts {
+                let (here, after) = rest.split_at_mut(4 * part.len());
+                for (place, id) in here.chunks_exact_mut(4).zip(part) {
+                    place.copy_from_slice(&id.to_ne_bytes());
+                }
+                rest = after;
             }
             Ok(())
         })?;
@@ -792,7 +1007,9 @@ fn build(
     let (first, size) = (tokens.len(), tokens.len() + specials.len());
     if first < 256 + merges {
         let found = first - 256;
-        return Err(bad!("the text gives only {found} merges: vocab_size can be {size} at most"));
+        return Err(bad!(
+            "the text gives only {found} merges: vocab_size can be {size} at most"
+        ));
     }
     tokens.resize(size, Vec::new());
     let specials = specials.into_iter().zip(first as u32..).collect();
@@ -829,7 +1046,10 @@ struct Meta {
 }
 
 #[derive(Serialize, Deserialize)]
-#[serde(untagged, expecting = "special_tokens must be {name: id}, or names for the last ids")]
+#[serde(
+    untagged,
+    expecting = "special_tokens must be {name: id}, or names for the last ids"
+)]
 enum Specials {
     Ids(BTreeMap<String, u32>),
     Names(Vec<String>),
@@ -846,7 +1066,10 @@ fn read_ranks(path: &Path, size: usize, ranks: Option<usize>) -> PyResult<Tokens
         number += 1;
         let wrong = |what| Err(bad!("{path}, line {number}: {what}"));
         let fields = line.split_once(' ').and_then(|(token, rank)| {
-            Some((BASE64_STANDARD.decode(token).ok()?, rank.parse::<usize>().ok()?))
+            Some((
+                BASE64_STANDARD.decode(token).ok()?,
+                rank.parse::<usize>().ok()?,
+            ))
         });
         match fields {
             Some((token, rank)) if !token.is_empty() => {
@@ -865,9 +1088,9 @@ fn read_ranks(path: &Path, size: usize, ranks: Option<usize>) -> PyResult<Tokens
         }
     }
     match ranks {
-        Some(n) if n != number => {
-            Err(bad!("{path}, line {number}: the file ends here, but should have {n} lines"))
-        }
+        Some(n) if n != number => Err(bad!(
+            "{path}, line {number}: the file ends here, but should have {n} lines"
+        )),
         _ => Ok(tokens),
     }
 }
