@@ -254,9 +254,11 @@ def norm(x):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair of channels (i, i + D/2) by its position's angle. x (B, T, H, D), cos and sin (B or 1, T, 1, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """Turn each pair of channels (i, i + D/2) by its position's angle. x (B, T, H, D), cos and sin (B or 1, T, 1, D).
+
+    Of a pair (a, b), cos is that of the angle twice, and sin is (sin, -sin): (a cos + b sin, b cos - a sin).
+    """
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
 class BlockAttention(torch.autograd.Function):
@@ -379,23 +381,26 @@ class KVCache:
 
     def __init__(self, cfg, slots, length=None, device="cpu", dtype=torch.float32):
         self.length = self.span = length or cfg.seq_len
-        shape = (cfg.depth, slots, cfg.kv_heads, self.length, cfg.width // cfg.heads)  # (L, S, G, N, D)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        shape = (cfg.depth, slots, self.length, 2, cfg.kv_heads, cfg.width // cfg.heads)
+        self.store = torch.zeros(shape, device=device, dtype=dtype)  # (L, S, N, 2, G, D), a key and a value at each position
+        self.first = torch.arange(slots, device=device)
         self.rows = None
 
     def update(self, layer, k, v, index):
         """Store k, v (B, T, G, D) at positions index (B, T); return what can be attended to, (B, G, span, D) each."""
-        B, out = len(k), []
-        slots = torch.arange(B, device=k.device) if self.rows is None else self.rows
-        for new, store in ((k, self.k[layer]), (v, self.v[layer])):
-            store[slots[:, None], :, index] = new.to(store.dtype)
-            out.append(store[:B, :, : self.span] if self.rows is None else store[self.rows, :, : self.span])
-        return out
+        B, store = len(k), self.store[layer]
+        slots = self.first[:B] if self.rows is None else self.rows
+        store[slots[:, None], index] = torch.stack((k, v), dim=2).to(store.dtype)
+        seen = store[:B, : self.span] if self.rows is None else store[self.rows, : self.span]  # (B, span, 2, G, D)
+        return seen.permute(2, 0, 3, 1, 4).unbind()
 
-    def copy(self, source, targets, length):
-        """Give slots `targets` the first `length` positions of slot `source`."""
-        for store in (self.k, self.v):
-            store[:, targets, :, :length] = store[:, source, :, :length].unsqueeze(1)
+    def copy(self, source, target, length):
+        """Give slot `target` the first `length` positions of slot `source`."""
+        self.store[:, target, :length] = self.store[:, source, :length]
+
+    def swap(self, a, b, length):
+        """Exchange the first `length` positions of two slots."""
+        self.store[:, [a, b], :length] = self.store[:, [b, a], :length]
 
 
 class Attention(nn.Module):
@@ -410,15 +415,16 @@ class Attention(nn.Module):
         # value embeddings on every other layer, counted so that the last has one; the gate reads 32 channels
         self.gate = Linear(32, self.G) if (cfg.depth - 1 - layer) % 2 == 0 else None
 
-    def forward(self, x, value, cos, sin, cache, index):
-        """x (B, T, C); value (B, T, G*D) or None; index (B, T), the positions in the cache, or None without one."""
+    def forward(self, x, value, cos, sin, cache, index, masks):
+        """x (B, T, C); value (B, T, G*D) or None; index (B, T), the positions in the cache, or None without one; masks, by
+        window, what is added to a score: (T, T), or (B, 1, T, span) with a cache."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.H, self.D)
         k = self.k(x).view(B, T, self.G, self.D)
         v = self.v(x).view(B, T, self.G, self.D)
         if value is not None:
-            gate = 2 * torch.sigmoid(self.gate(x[..., :32]))  # (B, T, G)
-            v = v + gate.unsqueeze(-1) * value.view(B, T, self.G, self.D)
+            gate = torch.sigmoid(self.gate(x[..., :32])).unsqueeze(-1)  # (B, T, G, 1)
+            v = torch.addcmul(v, gate, value.view(B, T, self.G, self.D), value=2)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         if cache is None and x.device.type == "cpu":
             k, v = (t.repeat_interleave(self.H // self.G, 2) if self.G < self.H else t for t in (k, v))
@@ -427,17 +433,11 @@ class Attention(nn.Module):
             return self.out(y.transpose(1, 2).reshape(B, T, C))
         if cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, T, D)
-            i = torch.arange(T, device=x.device)
-            causal, mask = self.window >= T, None
-            if not causal:
-                mask = (i <= i[:, None]) & (i > i[:, None] - self.window)  # (T, T)
         else:
             k, v = cache.update(self.layer, k, v, index)  # (B, G, span, D)
-            i = torch.arange(k.size(2), device=x.device)
-            causal, mask = False, (i <= index[..., None]) & (i > index[..., None] - self.window)  # (B, T, span)
-            mask = mask[:, None]  # (B, 1, T, span)
+        mask = masks[self.window]
         k, v = (t.repeat_interleave(self.H // self.G, 1) if self.G < self.H else t for t in (k, v))
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=causal)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -457,8 +457,8 @@ class Block(nn.Module):
         self.attention = Attention(cfg, layer)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, value, cos, sin, cache, index):
-        x = x + self.attention(norm(x), value, cos, sin, cache, index)
+    def forward(self, x, value, cos, sin, cache, index, masks):
+        x = x + self.attention(norm(x), value, cos, sin, cache, index, masks)
         return x + self.mlp(norm(x))
 
 
@@ -476,6 +476,7 @@ class GPT(nn.Module):
             {str(i): nn.Embedding(padded, kv_width) for i, b in enumerate(self.blocks) if b.attention.gate is not None}
         )
         self.unembed = Linear(cfg.width, padded)
+        self.windows = sorted({cfg.window(i) for i in range(cfg.depth)})
         self.angles = None  # rotary tables, made on first use on the device in use
 
     @torch.no_grad()
@@ -501,13 +502,14 @@ class GPT(nn.Module):
         return self
 
     def rotary(self, device):
-        """cos and sin of position times frequency, (N, D/2) each, fp32."""
+        """cos and sin of position times frequency as `rotate` wants them, (N, D) each, in the activations' precision."""
         if self.angles is None or self.angles[0].device != device:
             D = self.cfg.width // self.cfg.heads
             with torch.inference_mode(False):  # made while sampling, they must serve training too
                 frequency = 10000.0 ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
                 angle = torch.outer(torch.arange(self.cfg.seq_len, dtype=torch.float64), frequency)
-                self.angles = (angle.cos().float().to(device), angle.sin().float().to(device))
+                cos, sin = torch.cat((angle.cos(), angle.cos()), 1), torch.cat((angle.sin(), -angle.sin()), 1)
+                self.angles = (cos.to(device, self.dtype), sin.to(device, self.dtype))
         return self.angles
 
     def forward(self, ids, targets=None, cache=None, pos=None, fill=False):
@@ -526,15 +528,15 @@ class GPT(nn.Module):
         cos, sin = self.rotary(ids.device)
         index = None
         if cache is None:
-            cos, sin = cos[None, :T, None], sin[None, :T, None]  # (1, T, 1, D/2)
+            cos, sin = cos[None, :T, None], sin[None, :T, None]  # (1, T, 1, D)
         else:
             index = pos[:, None] + torch.arange(T, device=ids.device)  # (B, T)
-            cos, sin = cos[index][:, :, None], sin[index][:, :, None]  # (B, T, 1, D/2)
-        cos, sin = cos.to(self.dtype), sin.to(self.dtype)
+            cos, sin = cos[index][:, :, None], sin[index][:, :, None]  # (B, T, 1, D)
+        masks = {window: self.mask(window, T, cache, index) for window in self.windows}
         x = norm(self.embed(ids).to(self.dtype))  # (B, T, C)
         for i, block in enumerate(self.blocks):
             value = self.values[str(i)](ids).to(self.dtype) if str(i) in self.values else None  # (B, T, G*D)
-            x = block(x, value, cos, sin, cache, index)
+            x = block(x, value, cos, sin, cache, index, masks)
         if fill:
             return None
         x = norm(x)
@@ -543,6 +545,16 @@ class GPT(nn.Module):
             return TokenLoss.apply(x.flatten(0, 1), weight, targets.flatten(), self.cfg.softcap).view_as(targets)
         logits = self.unembed(x)[..., : self.cfg.vocab_size].float()  # (B, T, V)
         return self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
+
+    def mask(self, window, T, cache, index):
+        """What is added to the scores of a window: 0 or -inf; None where attention is just causal, or masks by itself."""
+        device = self.embed.weight.device
+        if cache is None and (window >= T or device.type == "cpu"):
+            return None
+        i = torch.arange(T if cache is None else cache.span, device=device)
+        at = i[:, None] if cache is None else index[:, None, :, None]  # the query's position
+        seen = (i <= at) & (i > at - window) if window < len(i) else i <= at
+        return torch.zeros((), device=device, dtype=self.dtype).where(seen, -math.inf)
 
     def sizes(self):
         """Parameters by role, and floating-point operations per trained token, forward and backward."""

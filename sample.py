@@ -6,9 +6,13 @@ The inference engine: many requests at once, with a cache and a calculator; and 
     python sample.py --stage=base -p "Once upon a time" --temperature=0.8
 
 A request is a list of prompt ids with its parameters. Each step of the engine lets waiting requests into
-free slots, reads their prompts (all new ones in one ragged forward), and then takes one token for every
-running request in one batched forward. Finished requests leave at once and the last slot moves into the
-gap, so that the running ones are always the first slots of the cache.
+free slots, reads on in their prompts, a bounded number of tokens so that nobody waits long, and then takes one
+token for every running request in one batched forward. Finished requests leave at once and the last slot moves
+into the gap, so that the running ones are always the first slots of the cache.
+
+What a slot has read stays in it until the slot is needed, the least recently used first. A prompt that begins as
+an earlier one takes its keys and values over: a chat's second turn does not pay for the first again, and many
+samples of one prompt read it once.
 
 Chance is keyed, not drawn: the one uniform number that picks a token is a hash of (seed, position). So a
 request gives the same tokens whatever its neighbours, except where two candidates tie within rounding.
@@ -102,9 +106,12 @@ class Request:
     logprobs: list = field(default_factory=list)  # of each id under the distribution sampled from, before top-k and top-p
     sampled: list = field(default_factory=list)  # False where the tool wrote the token
     forced: deque = field(default_factory=deque)  # the tool's tokens still to be read
+    read: int = 0  # of prompt and ids together, so many are in the cache
     finish: str = ""  # "stop", "length" or "cancelled" once done
 
 
+SHARED = 16  # a common beginning of fewer tokens is not worth a copy
+CHUNK = 512  # tokens of prompts that are read between two decoding steps; on CUDA eight times as many
 COLD = 1e-3  # a temperature up to this takes the likeliest token; dividing by less would overflow
 
 
@@ -114,6 +121,15 @@ def uniform(seed, position):
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = ((x ^ (x >> shift)) * factor) % 2**64
     return ((x ^ (x >> 31)) >> 11) / 2**53
+
+
+def common(a, b):
+    """How many ids two lists have in common at their beginnings."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
 
 
 class Engine:
@@ -128,6 +144,9 @@ class Engine:
         self.device = model.embed.weight.device
         self.cache = KVCache(model.cfg, slots, device=self.device, dtype=model.dtype)
         self.slots, self.waiting, self.running = slots, deque(), []
+        self.held = [[] for _ in range(slots)]  # what each slot that does not run has read, for prompts that begin so
+        self.used, self.clock, self.version = [0] * slots, 0, None  # when each slot was last given away
+        self.chunk = CHUNK * (8 if self.device.type == "cuda" else 1)
         names = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
         self.special = {name: tokenizer.special(f"<|{name}|>") for name in names}
 
@@ -155,59 +174,90 @@ class Engine:
 
     @torch.inference_mode()
     def step(self):
-        """Let requests in, read their prompts, take one token for each running request. True while there is work."""
+        """Let requests in, read on in their prompts, take one token for each that is through. True while there is work."""
         self.retire()
-        fresh = []
-        while self.waiting and len(self.running) < self.slots:
-            self.running.append(self.waiting.popleft())
-            fresh.append(len(self.running) - 1)
-        if fresh:
-            self.prefill(fresh)
-        if self.running:
+        self.admit()
+        self.prefill()
+        self.admit()  # those that waited for a prompt like theirs
+        if any(r.read >= len(r.prompt) - 1 for r in self.running):
             self.decode()
         return bool(self.waiting or self.running)
 
     def retire(self):
-        """Drop finished requests; the last running one moves into the gap."""
+        """Drop finished requests; the last running one moves into the gap, and what they have read behind it."""
         for i in reversed(range(len(self.running))):
-            if self.running[i].finish:
+            request = self.running[i]
+            if request.finish:
+                self.held[i] = (request.prompt + request.ids)[: request.read]
                 last = self.running.pop()
                 if i < len(self.running):
-                    self.cache.copy(len(self.running), [i], len(last.prompt) + len(last.ids))
+                    self.exchange(i, len(self.running), max(request.read, last.read))
                     self.running[i] = last
 
-    def prefill(self, fresh):
-        """Read the prompts of these slots but for the last token, which decode reads; equal prompts once."""
-        slots_of = {}
-        for i in fresh:
-            slots_of.setdefault(tuple(self.running[i].prompt[:-1]), []).append(i)
-        slots_of.pop((), None)
-        if not slots_of:
+    def exchange(self, a, b, length):
+        """Let two slots change places, of whose contents the longer has so many tokens."""
+        self.cache.swap(a, b, length)
+        for per_slot in (self.held, self.used):
+            per_slot[a], per_slot[b] = per_slot[b], per_slot[a]
+
+    def admit(self):
+        """Give waiting requests a slot each, with what another slot holds of their beginnings."""
+        version = self.model.embed.weight._version  # counts changes in place
+        if version != self.version:  # the model was trained on: what it read before is worth nothing
+            self.held, self.version = [[] for _ in range(self.slots)], version
+        while self.waiting and len(self.running) < self.slots:
+            prompt, n = self.waiting[0].prompt[:-1], len(self.running)
+            alike = [common(prompt, self.running[i].prompt if i < n else self.held[i]) for i in range(self.slots)]
+            ready = [min(k, self.running[i].read) if i < n else k for i, k in enumerate(alike)]
+            source = max(range(self.slots), key=ready.__getitem__)
+            if max(alike) >= ready[source] + SHARED:
+                return  # it is being read just now, which is worth the wait
+            shared = ready[source] if ready[source] >= SHARED else 0
+            place = source if shared and source >= n else min(range(n, self.slots), key=lambda i: (bool(self.held[i]), self.used[i]))
+            if place > n:
+                self.exchange(n, place, max(len(self.held[n]), len(self.held[place])))
+            if shared and source < n:
+                self.cache.copy(source, n, shared)
+            self.clock += 1
+            self.held[n], self.used[n] = [], self.clock
+            self.running.append(self.waiting.popleft())
+            self.running[n].read = shared
+
+    def prefill(self):
+        """Read on in prompts, but for their last tokens, which decode reads: in the oldest's and those of about its length."""
+        left = {i: len(r.prompt) - 1 - r.read for i, r in enumerate(self.running) if r.read < len(r.prompt) - 1}
+        if not left:
             return
-        longest = max(map(len, slots_of))
+        oldest = min(left, key=self.used.__getitem__)
+        rows = sorted(left, key=lambda i: (i != oldest, abs(left[i] - left[oldest])))[: self.chunk // 64]
+        width = min(max(left[i] for i in rows), self.chunk // len(rows))
+        # near the cache's end a row begins earlier, and reads some tokens again
+        start = [min(self.running[i].read, self.cache.length - width) for i in rows]
         # padding writes beyond a row's end, where later tokens overwrite it before anything reads it
-        ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in slots_of], device=self.device)
-        self.cache.rows = torch.tensor([slots[0] for slots in slots_of.values()], device=self.device)
-        self.cache.span = longest
-        self.model(ids, cache=self.cache, pos=torch.zeros(len(ids), dtype=torch.long, device=self.device), fill=True)
-        for prompt, slots in slots_of.items():
-            if len(slots) > 1:
-                self.cache.copy(slots[0], slots[1:], len(prompt))
+        ids = [(self.running[i].prompt[at : at + width] + [0] * width)[:width] for i, at in zip(rows, start)]
+        self.cache.rows, self.cache.span = torch.tensor(rows, device=self.device), max(start) + width
+        self.model(torch.tensor(ids, device=self.device), cache=self.cache, pos=torch.tensor(start, device=self.device), fill=True)
+        for i, at in zip(rows, start):
+            self.running[i].read = min(at + width, len(self.running[i].prompt) - 1)
 
     def decode(self):
-        """One forward for all running requests, then one token for each."""
-        last = [(r.ids or r.prompt)[-1] for r in self.running]
-        at = [len(r.prompt) + len(r.ids) - 1 for r in self.running]
+        """One forward for all running requests, then one token for each whose prompt is read; others read one more of it."""
+        at = [r.read for r in self.running]
+        last = [r.prompt[r.read] if r.read < len(r.prompt) else r.ids[r.read - len(r.prompt)] for r in self.running]
         self.cache.rows, self.cache.span = None, max(at) + 1
         pos = torch.tensor(at, device=self.device)
         logits = self.model(torch.tensor(last, device=self.device)[:, None], cache=self.cache, pos=pos)[:, -1]  # (B, V)
-        tokens, logprobs = self.pick(logits, at)
-        for request, token, logprob in zip(self.running, tokens, logprobs):
+        ready = [i for i, r in enumerate(self.running) if r.read == len(r.prompt) + len(r.ids) - 1]
+        for request in self.running:
+            request.read += 1
+        requests = [self.running[i] for i in ready]
+        logits = logits if len(ready) == len(at) else logits[ready]
+        tokens, logprobs = self.pick(logits, [r.params for r in requests], [at[i] for i in ready])
+        for request, token, logprob in zip(requests, tokens, logprobs):
             self.accept(request, token, logprob)
 
-    def pick(self, logits, at):
-        """A token for each row of logits (B, V), and its log-probability."""
-        params = [r.params for r in self.running]
+    def pick(self, logits, params, at):
+        """A token for each row of logits (B, V) at positions `at`, and its log-probability."""
         warm = [p.temperature > COLD for p in params]
         heat = torch.tensor([p.temperature if w else 1.0 for p, w in zip(params, warm)], device=self.device)[:, None]
         logprobs = torch.log_softmax(logits / heat, dim=-1)

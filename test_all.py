@@ -1406,6 +1406,79 @@ def test_engine_equals_uncached(chatty, tokenizer):
         assert request.ids == uncached(chatty, request) and len(request.logprobs) == len(request.ids)
 
 
+def tokens_filled(engine):
+    """A list that grows by the size of each forward that reads prompts."""
+    filled, forward = [], engine.model.forward
+
+    def counted(ids, *args, fill=False, **kwargs):
+        if fill:
+            filled.append(ids.numel())
+        return forward(ids, *args, fill=fill, **kwargs)
+
+    engine.model.forward = counted
+    return filled
+
+
+def test_engine_reads_a_common_beginning_once(chatty, tokenizer):
+    rng = torch.Generator().manual_seed(5)
+    first, second, other = (torch.randint(600, (n,), generator=rng).tolist() for n in (60, 50, 40))
+    engine, params = Engine(chatty, tokenizer, 3), Params(max_tokens=8, tools=False)
+    try:
+        filled = tokens_filled(engine)
+        request = engine.generate([first], params)[0]
+        assert sum(filled) == 59
+        engine.generate([other, second], params)  # do not cost the first its place
+        filled.clear()
+        turn = engine.generate([first + request.ids + [7, 8, 9]], params)[0]  # a chat's second turn
+        assert sum(filled) <= 4
+        filled.clear()
+        fork = engine.generate([first[:30] + other], params)[0]  # goes on differently
+        assert sum(filled) <= 40
+        filled.clear()
+        fresh = torch.randint(600, (64,), generator=rng).tolist()
+        alike = engine.generate([fresh, fresh, fresh[:50] + [1, 2]], params)  # at the same time
+        assert sum(filled) <= 66
+    finally:
+        del chatty.forward
+    for request in (request, turn, fork, *alike):
+        assert request.ids == uncached(chatty, request)
+
+
+def test_engine_forgets_what_it_read_when_the_model_learns(chatty, tokenizer):
+    model, params, prompt = copy.deepcopy(chatty), Params(max_tokens=8, tools=False), list(range(40, 80))
+    engine = Engine(model, tokenizer, 2)
+    engine.generate([prompt], params)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    request = engine.generate([prompt], params)[0]
+    assert request.ids == uncached(model, request)
+
+
+def test_engine_reads_long_prompts_between_the_steps_of_others(chatty, tokenizer):
+    engine, rng = Engine(chatty, tokenizer, 4), torch.Generator().manual_seed(6)
+    engine.chunk, length = 128, engine.cache.length
+    short, long = engine.submit([3, 4, 5], Params(max_tokens=40, tools=False)), []
+    engine.step()
+    try:
+        filled = tokens_filled(engine)
+        for batch in ((1, 1), (3,), (40, 5, 9)):
+            long += [engine.submit(torch.randint(600, (length - left,), generator=rng).tolist(), Params(tools=False)) for left in batch]
+            before = len(short.ids)
+            engine.step()
+            assert len(short.ids) == before + 1  # never kept waiting
+            if batch == (1, 1):
+                engine.cancel(long.pop())  # the next one to read has far to go, and the one before little
+        assert max(filled) == 128
+        while not all(r.finish for r in (short, *long)):
+            engine.step()
+        assert max(filled) <= 128
+    finally:
+        del chatty.forward
+    for request in (short, *long):
+        assert request.ids == uncached(chatty, request)
+
+
 def test_a_request_does_not_depend_on_its_neighbours(chatty, tokenizer):
     prompts = [list(range(5 + 3 * i)) for i in range(5)]
     params = [Params(max_tokens=15 + i, temperature=1.0, top_k=20 * (i % 2), top_p=0.9 if i % 3 else 1.0, seed=i) for i in range(5)]
