@@ -263,16 +263,16 @@ class Engine:
         logprobs = torch.log_softmax(logits / heat, dim=-1)
         tokens = logits.argmax(dim=-1)
         if any(warm):
-            p = logprobs.double().exp()
+            p = logprobs.exp()  # added up in fp64, or the last ids of a large vocabulary would lose their share
             if any(q.top_k or q.top_p < 1 for q in params):
                 order = p.sort(dim=-1, descending=True)
-                before = order.values.cumsum(-1) - order.values  # probability of all likelier ones
+                before = order.values.cumsum(-1, dtype=torch.double) - order.values  # probability of all likelier ones
                 k = torch.tensor([q.top_k or p.size(1) for q in params], device=self.device)[:, None]
-                top_p = torch.tensor([q.top_p for q in params], device=self.device, dtype=p.dtype)[:, None]
+                top_p = torch.tensor([q.top_p for q in params], device=self.device, dtype=torch.double)[:, None]
                 keep = (torch.arange(p.size(1), device=self.device) < k) & ((before < top_p) | (before == 0))
                 p = torch.zeros_like(p).scatter(1, order.indices, order.values * keep)
-            total = p.cumsum(-1)
-            u = torch.tensor([uniform(q.seed, i) for q, i in zip(params, at)], device=self.device, dtype=p.dtype)
+            total = p.cumsum(-1, dtype=torch.double)
+            u = torch.tensor([uniform(q.seed, i) for q, i in zip(params, at)], device=self.device, dtype=torch.double)
             drawn = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=p.size(1) - 1)
             tokens = torch.where(torch.tensor(warm, device=self.device), drawn, tokens)
         return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist()

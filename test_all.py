@@ -2429,20 +2429,27 @@ def bench_train(depths=(4, 12, 20) if torch.cuda.is_available() else (2, 3, 4)):
 
 
 def bench_decode():
-    """Tokens a second of the engine, depth 4 (20 on CUDA), by number of requests."""
+    """Tokens a second of the engine, depth 4 (20 on CUDA): samples of one prompt, and prompts of different lengths."""
     machine = gpt.start_machine()
     depth = 20 if machine.device.type == "cuda" else 4
     tokenizer = Tokenizer.train(data.demo_texts(1), 2048, SPECIALS)
     model = GPT(GPTConfig.from_depth(depth, 4096, 512), machine.dtype).init(1).to(machine.device, machine.dtype)
-    for concurrent in (1, 16, 64):
-        engine = Engine(model, tokenizer, concurrent)
-        prompts = [[i] * 20 for i in range(concurrent)]
+    rng = random.Random(1)
+    for concurrent, lengths in ((1, (20, 20)), (16, (20, 20)), (64, (20, 20)), (16, (10, 400))):
+        low, high = lengths
+        if low == high:
+            prompts = [[rng.randrange(4096) for _ in range(low)]] * concurrent
+        else:
+            steps = [low + (high - low) * i // (concurrent - 1) for i in range(concurrent)]
+            prompts = [[rng.randrange(4096) for _ in range(n)] for n in steps]
+        params = [Params(max_tokens=100, temperature=1.0, seed=i) for i in range(concurrent)]
 
-        def generate():
-            return engine.generate(prompts, Params(max_tokens=100, temperature=1.0))
+        def generate():  # a new engine each time, or prompts would be known already
+            return Engine(model, tokenizer, concurrent).generate(prompts, params)
 
         count = sum(len(r.ids) for r in generate())  # chance is keyed: every run gives the same tokens
-        print(f"depth {depth}, {concurrent:2} requests: {count / best(generate):10,.0f} tokens/s")
+        what = f"of {low} tokens" if low == high else f"of {low} to {high} tokens, all different"
+        print(f"depth {depth}, {concurrent:2} prompts {what}: {count / best(generate, 5):10,.0f} tokens/s", flush=True)
 
 
 if __name__ == "__main__":
