@@ -2430,7 +2430,7 @@ def bench_train(depths=(4, 12, 20) if torch.cuda.is_available() else (2, 3, 4)):
 
 def bench_decode():
     """Tokens a second of the engine, depth 4 (20 on CUDA): samples of one prompt, and prompts of different lengths."""
-    machine = gpt.start_machine()
+    machine = gpt.start_machine(dtype="auto" if torch.cuda.is_available() else "float32")  # as `load_engine` does
     depth = 20 if machine.device.type == "cuda" else 4
     tokenizer = Tokenizer.train(data.demo_texts(1), 2048, SPECIALS)
     model = GPT(GPTConfig.from_depth(depth, 4096, 512), machine.dtype).init(1).to(machine.device, machine.dtype)
