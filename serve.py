@@ -159,6 +159,8 @@ class Answer:
         end = len(request.ids) - (request.finish == "stop")  # the token that ends the turn is no text
         for i in range(self.seen, end):
             self.take(request.ids[i], request.logprobs[i] if request.sampled[i] else None, request.tops[i])
+        if end < len(request.ids) and self.raw and self.logprobs:  # but it counts as a token: lm-eval relies on it
+            self.tokens.append((self.length, request.ids[-1], request.logprobs[-1], request.tops[-1]))
         self.seen = max(self.seen, end)
         ended = request.finish or (self.dropped and "cancelled") or (late and ("length" if request.ids else "late")) or ""
         if ended:
@@ -610,7 +612,7 @@ class Handler(BaseHTTPRequestHandler):
         method, handler = self.routes.get(path, (None, None))
         self.name = path if handler else "other"
         if path == f"/v1/models/{self.server.about['model']}":
-            method, handler = "GET", self.model
+            method, handler, self.name = "GET", self.model, "/v1/models"
         self.started = False
         if self.request_version == "HTTP/1.0":
             self.close_connection = True
@@ -853,7 +855,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def usage(answers):
     """Tokens read, each prompt once, and written; the calculator's output and the end of the turn count as written."""
-    read = sum(len(prompt) for prompt, _ in groupby(answer.prompt for answer in answers))
+    read = sum(len(next(same).prompt) for _, same in groupby(answers, key=lambda answer: id(answer.prompt)))
     written = sum(len(a.request.ids) for a in answers)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
