@@ -96,6 +96,7 @@ class Params:
     top_p: float = 1.0  # sample among the likeliest that together have this probability
     seed: int = 0  # of this request's chance
     tools: bool = True  # run the calculator
+    top_logprobs: int = 0  # record so many of the likeliest tokens at each place
 
 
 @dataclass(eq=False)
@@ -104,6 +105,7 @@ class Request:
     params: Params
     ids: list = field(default_factory=list)  # generated so far, stop token included
     logprobs: list = field(default_factory=list)  # of each id under the distribution sampled from, before top-k and top-p
+    tops: list = field(default_factory=list)  # for each id, [(id, logprob)] of the likeliest, under the same distribution
     sampled: list = field(default_factory=list)  # False where the tool wrote the token
     forced: deque = field(default_factory=deque)  # the tool's tokens still to be read
     read: int = 0  # of prompt and ids together, so many are in the cache
@@ -130,6 +132,14 @@ def common(a, b):
         middle = (low + high + 1) // 2
         low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
     return low
+
+
+def likeliest(logprobs, count):
+    """The `count` highest of each row of logprobs (B, V), as a list of [(id, logprob)] for each."""
+    if not count:
+        return [[]] * len(logprobs)
+    values, ids = logprobs.topk(min(count, logprobs.size(1)), dim=-1)
+    return [list(zip(*row)) for row in zip(ids.tolist(), values.tolist())]
 
 
 class Engine:
@@ -252,12 +262,12 @@ class Engine:
             request.read += 1
         requests = [self.running[i] for i in ready]
         logits = logits if len(ready) == len(at) else logits[ready]
-        tokens, logprobs = self.pick(logits, [r.params for r in requests], [at[i] for i in ready])
-        for request, token, logprob in zip(requests, tokens, logprobs):
-            self.accept(request, token, logprob)
+        picked = self.pick(logits, [r.params for r in requests], [at[i] for i in ready])
+        for request, token, logprob, top in zip(requests, *picked):
+            self.accept(request, token, logprob, top)
 
     def pick(self, logits, params, at):
-        """A token for each row of logits (B, V) at positions `at`, and its log-probability."""
+        """For each row of logits (B, V), at position `at`: a token, its log-probability, and the likeliest, as many as asked for."""
         warm = [p.temperature > COLD for p in params]
         heat = torch.tensor([p.temperature if w else 1.0 for p, w in zip(params, warm)], device=self.device)[:, None]
         logprobs = torch.log_softmax(logits / heat, dim=-1)
@@ -275,15 +285,30 @@ class Engine:
             u = torch.tensor([uniform(q.seed, i) for q, i in zip(params, at)], device=self.device, dtype=torch.double)
             drawn = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=p.size(1) - 1)
             tokens = torch.where(torch.tensor(warm, device=self.device), drawn, tokens)
-        return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+        tops = likeliest(logprobs, max(q.top_logprobs for q in params))
+        tops = [top[: q.top_logprobs] for q, top in zip(params, tops)]
+        return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist(), tops
 
-    def accept(self, request, token, logprob):
+    @torch.inference_mode()
+    def score(self, ids, top=0):
+        """How likely a text is: for each id its log-probability given those before it (None for the first), and the `top`
+        likeliest [(id, logprob)] at its place. One uncached forward, which leaves the running requests as they are."""
+        if not 0 < len(ids) <= self.cache.length:
+            raise ValueError(f"a text of {len(ids)} tokens; the model reads 1 to {self.cache.length}")
+        if len(ids) == 1:
+            return [None], [[]]
+        ids = torch.tensor(ids, device=self.device)
+        logprobs = torch.log_softmax(self.model(ids[None, :-1])[0], dim=-1)  # (T - 1, V)
+        return [None, *logprobs.gather(1, ids[1:, None])[:, 0].tolist()], [[], *likeliest(logprobs, top)]
+
+    def accept(self, request, token, logprob, top):
         """Append a token, or the tool's next one in its place; run the tool; see whether the request ends."""
         sampled = not request.forced
         if not sampled:
-            token, logprob = request.forced.popleft(), 0.0
+            token, logprob, top = request.forced.popleft(), 0.0, []
         request.ids.append(token)
         request.logprobs.append(logprob)
+        request.tops.append(top)
         request.sampled.append(sampled)
         if sampled and token in (self.special["assistant_end"], self.special["bos"]):
             request.finish = "stop"
@@ -305,27 +330,34 @@ class Stream:
     """Turns the ids of a request into text as they come, never showing half a character.
 
     Each call of new(ids) returns what is new as [(kind, text)], kind being "text", "python" or "output"; with
-    end=True the bytes of a character that was never completed come out as U+FFFD.
+    end=True the bytes of a character that was never completed come out as U+FFFD. A `raw` stream is all text, its special
+    tokens by name.
     """
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.seen, self.kind = tokenizer, 0, "text"
+    def __init__(self, tokenizer, raw=False):
+        self.tokenizer, self.raw, self.seen, self.kind = tokenizer, raw, 0, "text"
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.kinds = {tokenizer.special(f"<|{k}_start|>"): k for k in ("python", "output")}
         self.kinds |= {tokenizer.special(f"<|{k}_end|>"): "text" for k in ("python", "output")}
         self.first_special = tokenizer.vocab_size - len(tokenizer.special_tokens)
 
     def new(self, ids, end=False):
-        pieces = []
-        for id in ids[self.seen :]:
-            if id in self.kinds:
-                self.kind = self.kinds[id]
-            elif id < self.first_special:
-                pieces.append((self.kind, self.decoder.decode(self.tokenizer.token_bytes(id))))
+        pieces = [self.piece(id) for id in ids[self.seen :]]
         self.seen = len(ids)
         if end:
-            pieces.append((self.kind, self.decoder.decode(b"", True)))
+            pieces.append(self.end())
         return [(kind, text) for kind, text in pieces if text]
+
+    def piece(self, id):
+        """(kind, text) of one more id; the text is empty while a character is not complete."""
+        if id in self.kinds and not self.raw:
+            self.kind = self.kinds[id]
+        elif id < self.first_special or self.raw:
+            return self.kind, self.decoder.decode(self.tokenizer.token_bytes(id))
+        return self.kind, ""
+
+    def end(self):
+        return self.kind, self.decoder.decode(b"", True)
 
 
 # -----------------------------------------------------------------------------

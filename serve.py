@@ -31,7 +31,9 @@ its system message. max_tokens is an upper limit: one that the context cannot ho
 Left out: TLS and passwords (put a proxy in front), and tools other than the model's own calculator.
 """
 
+import hmac
 import json
+import os
 import queue
 import re
 import secrets
@@ -42,12 +44,15 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate, groupby, islice, repeat
 
 from data import fit
 from gpt import command, latest, override, start_machine
-from sample import Params, Stream, load_engine
+from sample import Params, Request, Stream, load_engine
 
 # -----------------------------------------------------------------------------
 
@@ -60,13 +65,17 @@ class Config:
     # where
     host: str = "127.0.0.1"  # 0.0.0.0 lets the whole network in
     port: int = 8000  # 0 takes any free one
+    api_key: str = ""  # asked of every client; ONESITTING_API_KEY in the environment does the same, and `ps` does not show it
     # bounds
     slots: int = 16  # answers that run at once
     queue: int = 64  # answers that wait for a slot; more are refused with 429
     max_tokens: int = 1024  # longest answer that may be asked for
     max_messages: int = 256  # of a conversation
+    max_choices: int = 64  # answers to one request: prompts times n
     max_body: int = 1_000_000  # bytes of a request
+    connections: int = 512  # open at once; past that, the one that has asked nothing for longest is closed
     timeout: float = 30.0  # seconds a connection may stand still, reading or writing
+    deadline: float = 600.0  # seconds an answer may take, waiting included
     grace: float = 5.0  # seconds that running answers have to end when the server is stopped
     # machine
     device: str = "auto"  # cuda, cpu
@@ -88,50 +97,134 @@ class Refusal(Exception):
         self.status, self.headers = status, headers
 
 
+@dataclass(eq=False)
 class Answer:
-    """One choice of a request: what comes of it goes to `events` as (answer, [(kind, text)], finish)."""
+    """One choice of a request: what comes of it goes to `events` as (answer, [(kind, text)], [token], finish).
 
-    def __init__(self, index, prompt, params, stop, events):
-        self.index, self.prompt, self.params, self.stop, self.events = index, prompt, params, stop, events
-        self.request, self.stream = None, None  # the worker fills these in
-        self.held = ""  # text that may be the beginning of a stop string
-        self.finish = ""  # "stop", "length", "cancelled" or "error" once done
-        self.dropped = False  # set by the connection's thread when nobody waits any more
+    A token is (the character of the text at which it begins, id, logprob or None, [(id, logprob)] of the likeliest).
+    """
 
-    def advance(self, engine):
-        """Send on what the engine's last step brought; end where a stop string begins or the client has gone."""
-        pieces = []
-        for kind, text in self.stream.new(self.request.ids, bool(self.request.finish)):
-            if kind != "text":  # a stop string is looked for within a run of text, not across a calculation
-                pieces += [("text", self.held), (kind, text)]
-                self.held = ""
-                continue
-            self.held += text
-            found = [at for at in (self.held.find(s) for s in self.stop) if at >= 0]
-            if found:
-                self.held = self.held[: min(found)]
-                self.finish = "stop"
-                break
-            keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
-            shown = len(self.held) - keep
-            pieces.append(("text", self.held[:shown]))
-            self.held = self.held[shown:]
-        self.finish = self.finish or self.request.finish or ("cancelled" if self.dropped else "")
+    index: int
+    prompt: list
+    params: Params
+    stop: list  # strings that end it; looked for in the text as the client sees it, so across a chat's calculations
+    events: queue.SimpleQueue
+    live: bool = False  # send on what there is as it comes
+    logprobs: bool = False  # send the tokens too
+    raw: bool = False  # all is text, special tokens by name
+    echo: list = ()  # ids of the prompt to be said before what is new
+    dropped: bool = False  # set by the connection's thread when nobody waits any more
+    finish: str = ""  # "stop", "length", "cancelled", "late" or "error" once done
+    born: float = field(default_factory=time.monotonic)
+    # the worker's own
+    request: Request = None
+    stream: Stream = None
+    seen: int = 0  # ids of the request that were taken in
+    held: list = field(default_factory=list)  # pieces not sent: their text may be the beginning of a stop string
+    tokens: list = field(default_factory=list)  # tokens not sent
+    length: int = 0  # characters of text taken in
+    sent: int = 0  # and sent
+    echoed: int = 0  # and of the echo, in which no stop string counts
+    due: float = 0.0  # when to look at it again
+
+    def begin(self, engine):
+        """Hand the prompt to the engine. True where that took a forward pass of its own."""
+        self.stream = Stream(engine.tokenizer, self.raw)
+        scored = bool(self.echo) and self.logprobs
+        scores = zip(*engine.score(self.prompt, self.params.top_logprobs)) if scored else repeat((None, []))
+        for id, (logprob, top) in zip(self.echo, islice(scores, len(self.prompt) - len(self.echo), None)):
+            self.take(id, logprob, top)
+        self.echoed = self.length
+        if self.params.max_tokens:
+            self.request = engine.submit(self.prompt, self.params)
+        else:
+            self.request = Request(self.prompt, self.params, finish="length")
+        return scored
+
+    def take(self, id, logprob, top):
+        kind, text = self.stream.piece(id)
+        if self.logprobs and (self.raw or kind == "text" and id < self.stream.first_special):
+            self.tokens.append((self.length, id, logprob, top))
+        self.held.append((kind, text))
+        self.length += len(text) * (kind == "text")
+
+    def advance(self, engine, now, pace, deadline):
+        """Send on what has come; end where a stop string begins, the time is up or the client has gone.
+
+        Sends once in `pace` seconds at most, so that waking the connections' threads does not hold up the model.
+        """
+        request, late = self.request, now > self.born + deadline
+        if not (self.live and now >= self.due or self.stop or request.finish or self.dropped or late):
+            return
+        end = len(request.ids) - (request.finish == "stop")  # the token that ends the turn is no text
+        for i in range(self.seen, end):
+            self.take(request.ids[i], request.logprobs[i] if request.sampled[i] else None, request.tops[i])
+        if end < len(request.ids) and self.raw and self.logprobs:  # but it counts as a token: lm-eval relies on it
+            self.tokens.append((self.length, request.ids[-1], request.logprobs[-1], request.tops[-1]))
+        self.seen = max(self.seen, end)
+        ended = request.finish or (self.dropped and "cancelled") or (late and ("length" if request.ids else "late")) or ""
+        if ended:
+            self.held.append(self.stream.end())
+        self.held = merge(self.held)
+        text = "".join(text for kind, text in self.held if kind == "text")
+        found = [at for at in (text.find(s, max(0, self.echoed - self.sent)) for s in self.stop) if at >= 0]
+        self.finish = "stop" if found else ended
+        if not (self.live or self.finish):
+            return
+        keep = 0 if self.finish else max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        shown = min(found, default=len(text) - keep)
+        pieces, self.held = split(self.held, shown)
+        self.sent += shown
+        tokens = [t for t in self.tokens if t[0] < self.sent or ended and not found]
+        self.tokens = self.tokens[len(tokens) :]
         if self.finish:
-            engine.cancel(self.request)  # changes nothing where the engine has finished by itself
-            pieces.append(("text", self.held))
-        pieces = [(kind, text) for kind, text in pieces if text]
-        if pieces or self.finish:
-            self.events.put((self, pieces, self.finish))
+            engine.cancel(request)  # changes nothing where the engine has finished by itself
+        if pieces or tokens or self.finish:
+            self.events.put((self, pieces, tokens, self.finish))
+            self.due = now + pace
+
+
+def split(pieces, n):
+    """[(kind, text)] up to the n-th character of text, with the calculations before it, and from there on."""
+    for i, (kind, text) in enumerate(pieces):
+        if kind == "text" and len(text) > n:
+            return merge([*pieces[:i], (kind, text[:n])]), [(kind, text[n:]), *pieces[i + 1 :]]
+        n -= len(text) * (kind == "text")
+    return pieces, []
+
+
+def merge(pieces):
+    """The same pieces, with neighbours of one kind made one and none empty."""
+    groups = groupby((piece for piece in pieces if piece[1]), key=lambda piece: piece[0])
+    return [(kind, "".join(text for _, text in group)) for kind, group in groups]
+
+
+class Times:
+    """How many of some times were short and long, in the form of a Prometheus histogram."""
+
+    BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
+
+    def __init__(self):
+        self.counts, self.sum = [0] * (len(self.BOUNDS) + 1), 0.0
+
+    def add(self, seconds):
+        self.counts[bisect_left(self.BOUNDS, seconds)] += 1
+        self.sum += seconds
+
+    def lines(self, name):
+        upto = list(accumulate(self.counts))
+        lines = [f'{name}_bucket{{le="{bound}"}} {n}' for bound, n in zip([*self.BOUNDS, "+Inf"], upto)]
+        return [*lines, f"{name}_sum {self.sum:.6f}", f"{name}_count {upto[-1]}"]
 
 
 class Worker(threading.Thread):
-    def __init__(self, engine, places):
+    def __init__(self, engine, places, deadline):
         super().__init__(daemon=True)
-        self.engine, self.places = engine, places
-        self.inbox = queue.Queue()  # answers to begin; None to end
+        self.engine, self.places, self.deadline = engine, places, deadline
+        self.inbox = queue.SimpleQueue()  # answers to begin; None to end
         self.answers = []  # begun and not finished; this thread's own
         self.lock, self.taken = threading.Lock(), 0  # places in use, by answers running or waiting
+        self.read, self.written, self.first, self.whole = 0, 0, Times(), Times()  # what /metrics says
 
     def begin(self, answers):
         """Called by the connections' threads. Raises Refusal when there is no place for all of them."""
@@ -144,11 +237,12 @@ class Worker(threading.Thread):
             self.inbox.put(answer)
 
     def run(self):
-        while self.receive():
+        going = True
+        while going:
             try:
+                going = self.receive()
                 self.engine.step()
-                for answer in self.answers:
-                    answer.advance(self.engine)
+                self.advance()
             except Exception:  # whatever it was (out of memory, say) ends these answers, not the server
                 traceback.print_exc()
                 self.fail()
@@ -160,16 +254,30 @@ class Worker(threading.Thread):
 
     def receive(self):
         """Give the engine what has arrived, waiting where there is nothing else to do. False when told to end."""
-        while True:
+        scored = False
+        while not scored:  # a prompt that is scored costs a forward pass: one between two steps
             try:
                 answer = self.inbox.get(block=not self.answers)
             except queue.Empty:
-                return True
+                break
             if answer is None:
                 return False
-            answer.request = self.engine.submit(answer.prompt, answer.params)
-            answer.stream = Stream(self.engine.tokenizer)
             self.answers.append(answer)
+            scored = answer.begin(self.engine)
+            self.read += len(answer.prompt)
+        return True
+
+    def advance(self):
+        now = time.monotonic()
+        pace = 0.001 * len(self.answers)  # a thousand events a second, shared
+        for answer in self.answers:
+            fresh = not answer.seen
+            answer.advance(self.engine, now, pace, self.deadline)
+            if fresh and answer.seen:
+                self.first.add(now - answer.born)
+            if answer.finish:
+                self.whole.add(now - answer.born)
+                self.written += len(answer.request.ids)
 
     def fail(self):
         """End all answers in an error and leave the engine empty."""
@@ -177,20 +285,22 @@ class Worker(threading.Thread):
         self.engine.running.clear()
         for answer in self.answers:
             answer.finish = "error"
-            answer.events.put((answer, [], "error"))
+            answer.events.put((answer, [], [], "error"))
 
 
 # -----------------------------------------------------------------------------
 # Request: from JSON to prompt and parameters; everything wrong with it is a Refusal that names the field
 
-OPTIONS = "messages stream stream_options n temperature top_p top_k seed stop max_tokens max_completion_tokens".split()
+OPTIONS = "stream stream_options n temperature top_p top_k seed stop max_tokens logprobs".split()
 OPTIONS += "model user metadata store service_tier safety_identifier prompt_cache_key".split()  # say nothing about the answer
+CHAT_OPTIONS = [*OPTIONS, "messages", "max_completion_tokens", "top_logprobs"]
+COMPLETION_OPTIONS = [*OPTIONS, "prompt", "echo"]
 # what other servers do and this one does not: taken where it asks for nothing
-NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "logprobs": False, "top_logprobs": 0}
+NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "best_of": 1, "suffix": ""}
 NEUTRAL |= {"tools": [], "tool_choice": "none", "functions": [], "response_format": {"type": "text"}}
 
 
-def read_json(data):
+def read_json(data, options):
     try:
         body = json.loads(data.decode())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
@@ -200,7 +310,7 @@ def read_json(data):
     for key, value in body.items():
         if key in NEUTRAL and value is not None and value != NEUTRAL[key]:
             raise Refusal(400, f"{key} is not supported", key, "unsupported_parameter")
-        if key not in NEUTRAL and key not in OPTIONS:
+        if key not in NEUTRAL and key not in options:
             raise Refusal(400, f"Unrecognized request argument: {key[:50]}", key[:50], "unknown_parameter")
     return body
 
@@ -214,11 +324,16 @@ def number(body, key, default, low, high, kind=float):
     return kind(value)
 
 
-def flag(body, key):
+def flag(body, key, default=False):
     value = body.get(key)
     if value is not None and not isinstance(value, bool):
         raise Refusal(400, f"{key} must be true or false", key)
-    return bool(value)
+    return default if value is None else value
+
+
+def check_text(text, name):
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise Refusal(400, f"{name} has half a surrogate pair, which is no character", name)
 
 
 def read_messages(body, most):
@@ -246,38 +361,150 @@ def read_messages(body, most):
         for part in parts:
             if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
                 raise Refusal(400, f"{name} may hold parts of type {' or '.join(kinds)} with a text, and nothing else", name)
-            if not part["text"].isascii() and re.search("[\ud800-\udfff]", part["text"]):
-                raise Refusal(400, f"{name} has half a surrogate pair, which is no character", name)
+            check_text(part["text"], name)
         checked.append({"role": role, "content": parts if role == "assistant" else "".join(p["text"] for p in parts)})
     if checked[-1]["role"] != "user":
         raise Refusal(400, "the last message must be the user's", "messages")
     return checked
 
 
-def read_request(body, cfg, engine):
-    """(prompt ids, [Params of each choice], stop strings) of a request's JSON."""
+def are_ids(value, tokenizer):
+    return isinstance(value, list) and all(type(id) is int and 0 <= id < tokenizer.vocab_size for id in value)
+
+
+def read_prompts(body, tokenizer):
+    """[(ids of a prompt, ids of it that an echo says)]. Text begins a document, so <|bos|> goes before it; ids are taken as they are."""
+    given = body.get("prompt")
+    prompts = [given] if isinstance(given, str) or given and are_ids(given, tokenizer) else given
+    if not isinstance(prompts, list) or not prompts:
+        raise Refusal(400, "prompt must be a string, a list of strings, a list of ids or a list of lists of ids", "prompt")
+    checked = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            check_text(prompt, "prompt")
+            ids = tokenizer.encode(prompt)
+            checked.append(([tokenizer.special("<|bos|>"), *ids], ids))
+        elif prompt and are_ids(prompt, tokenizer):
+            checked.append((prompt, prompt))
+        else:
+            raise Refusal(400, f"prompt[{i}] must be a string or a list of ids, each from 0 to {tokenizer.vocab_size - 1}", "prompt")
+    return checked
+
+
+def read_answers(body, cfg, engine, prompts, wanted, **how):
+    """An Answer for each of the n choices of each prompt; prompts are [(ids, ids to echo)], `how` fields of Answer."""
     context = engine.cache.length
-    messages = read_messages(body, cfg.max_messages)
-    wanted = min(256, cfg.max_tokens)
-    for key in ("max_tokens", "max_completion_tokens"):
-        wanted = min(number(body, key, wanted, 1, 2**31, int), cfg.max_tokens)
-    prompt = fit(messages, engine.tokenizer, context - min(wanted, context // 4))
-    if len(prompt) >= context:
-        message = f"the last message makes a prompt of {len(prompt)} tokens; the model reads {context - 1}"
-        raise Refusal(400, message, "messages", "context_length_exceeded")
+    longest = max(len(prompt) for prompt, _ in prompts)
+    if longest + bool(wanted) > context:
+        message = f"the prompt has {longest} tokens; the model reads {context - bool(wanted)}"
+        raise Refusal(400, message, "messages" if "messages" in body else "prompt", "context_length_exceeded")
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(s, str) and 0 < len(s) <= 100 for s in stop):
         raise Refusal(400, "stop must be a string or a list of up to 16, each of 1 to 100 characters", "stop")
+    most = min(cfg.max_choices, cfg.slots + cfg.queue)
+    count = number(body, "n", 1, 1, min(cfg.slots, most), int)
+    if len(prompts) * count > most:
+        raise Refusal(400, f"{len(prompts)} prompts with {count} choices each; a request may have {most} in all", "prompt")
     params = Params(
-        max_tokens=min(wanted, context - len(prompt)),
         temperature=number(body, "temperature", 1.0, 0, 2),
         top_k=number(body, "top_k", 0, 0, 2**31, int),
         top_p=number(body, "top_p", 1.0, 0, 1),
         seed=number(body, "seed", secrets.randbits(32), -(2**63), 2**63 - 1, int),
+        top_logprobs=how.pop("tops"),
     )
-    count = number(body, "n", 1, 1, cfg.slots, int)
-    return prompt, [replace(params, seed=params.seed + i) for i in range(count)], stop
+    answers, events = [], queue.SimpleQueue()
+    for prompt, echo in prompts:
+        for i in range(count):
+            own = replace(params, seed=params.seed + i, max_tokens=min(wanted, context - len(prompt)))
+            answers.append(Answer(len(answers), prompt, own, stop, events, echo=echo, **how))
+    return answers
+
+
+def read_chat(body, cfg, engine, **how):
+    messages = read_messages(body, cfg.max_messages)
+    wanted, context = min(256, cfg.max_tokens), engine.cache.length
+    for key in ("max_tokens", "max_completion_tokens"):
+        wanted = min(number(body, key, wanted, 1, 2**31, int), cfg.max_tokens)
+    how["logprobs"] = flag(body, "logprobs")
+    how["tops"] = number(body, "top_logprobs", 0, 0, 20, int)
+    if how["tops"] and not how["logprobs"]:
+        raise Refusal(400, "top_logprobs goes with logprobs", "top_logprobs")
+    prompt = fit(messages, engine.tokenizer, context - min(wanted, context // 4))
+    return read_answers(body, cfg, engine, [(prompt, [])], wanted, **how)
+
+
+def read_completion(body, cfg, engine, **how):
+    prompts, echo = read_prompts(body, engine.tokenizer), flag(body, "echo")
+    tops = number(body, "logprobs", None, 0, 5, int)
+    wanted = min(number(body, "max_tokens", 16, 0 if echo else 1, 2**31, int), cfg.max_tokens)
+    prompts = [(ids, said if echo else []) for ids, said in prompts]
+    return read_answers(body, cfg, engine, prompts, wanted, logprobs=tops is not None, tops=tops or 0, raw=True, **how)
+
+
+# -----------------------------------------------------------------------------
+# Forms of an answer: OpenAI's, for chats and for plain completions
+
+
+def token_text(tokenizer, id):
+    """A token as a string, spelt "bytes:\\xNN" where it is no text of its own."""
+    token = tokenizer.token_bytes(id)
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def finite(logprob):
+    return max(logprob, -9999.0)  # JSON has no infinity
+
+
+class Chat:
+    prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    opening, closing = [{"delta": {"role": "assistant", "content": ""}}], {"delta": {}}
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def token(self, id, logprob):
+        return {"token": token_text(self.tokenizer, id), "logprob": finite(logprob), "bytes": [*self.tokenizer.token_bytes(id)]}
+
+    def logprobs(self, tokens):
+        content = [self.token(id, logprob) | {"top_logprobs": [self.token(*t) for t in top]} for _, id, logprob, top in tokens]
+        return {"content": content, "refusal": None}
+
+    def choice(self, pieces, logprobs):
+        content = "".join(text for kind, text in pieces if kind == "text")
+        parts = [{"type": kind, "text": text} for kind, text in pieces]
+        return {"message": {"role": "assistant", "content": content, "parts": parts}, "logprobs": logprobs}
+
+    def chunks(self, pieces, logprobs):
+        deltas = [{"content": t} if kind == "text" else {"content": "", "tool": {"type": kind, "text": t}} for kind, t in pieces]
+        return [{"delta": delta, "logprobs": None if i else logprobs} for i, delta in enumerate(deltas or [{}])]
+
+
+class Completion:
+    prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+    opening, closing = [], {"text": ""}
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def logprobs(self, tokens):
+        form = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        for at, id, logprob, top in tokens:  # no logprob: the first of an echo, or the calculator's
+            form["text_offset"].append(at)
+            form["token_logprobs"].append(None if logprob is None else finite(logprob))
+            form["tokens"].append(token_text(self.tokenizer, id))
+            top = [*top, (id, logprob)]
+            form["top_logprobs"].append(None if logprob is None else {token_text(self.tokenizer, i): finite(p) for i, p in top})
+        return form
+
+    def choice(self, pieces, logprobs):
+        return {"text": "".join(text for _, text in pieces), "logprobs": logprobs}
+
+    def chunks(self, pieces, logprobs):
+        return [self.choice(pieces, logprobs)]
 
 
 # -----------------------------------------------------------------------------
@@ -290,7 +517,10 @@ class Server(ThreadingHTTPServer):
     def __init__(self, cfg):
         super().__init__((cfg.host, cfg.port), Handler)
         self.cfg, self.worker, self.about, self.stopping = cfg, None, {}, False
-        self.lock, self.busy = threading.Lock(), 0  # requests being answered
+        self.key = (cfg.api_key or os.environ.get("ONESITTING_API_KEY", "")).encode()
+        self.lock = threading.Lock()
+        self.busy, self.idle = 0, {}  # requests being answered; connections without one, longest idle first
+        self.counts = Counter()  # requests by (route, status)
 
     def start(self):
         """Load the model and start the worker."""
@@ -300,7 +530,7 @@ class Server(ThreadingHTTPServer):
         folder = latest(f"{cfg.out}/{stage}")
         step, self.created = int(folder.name.removeprefix("step_")), int(folder.stat().st_mtime)
         self.about = {"stage": stage, "step": step, "model": f"onesitting-{stage}", "context": engine.cache.length, "slots": cfg.slots}
-        self.worker = Worker(engine, cfg.slots + cfg.queue)
+        self.worker = Worker(engine, cfg.slots + cfg.queue, cfg.deadline)
         self.worker.start()
         if stage == "base":
             print("note: a base model continues text; it learns to chat in sft.py")
@@ -316,10 +546,31 @@ class Server(ThreadingHTTPServer):
             self.worker.join(5)
             self.wait(1)
 
+    def card(self):
+        return {"id": self.about["model"], "object": "model", "created": self.created, "owned_by": "onesitting"}
+
     def wait(self, seconds):
         end = time.monotonic() + seconds
         while self.busy and time.monotonic() < end:
             time.sleep(0.02)
+
+    def process_request(self, request, client_address):
+        """Give a connection its thread. Where there are too many, the one that has asked nothing for longest makes room."""
+        with self.lock:
+            self.idle[request] = True
+            oldest = next(iter(self.idle)) if len(self.idle) + self.busy > self.cfg.connections else None
+            self.idle.pop(oldest, None)
+        if oldest:
+            try:
+                oldest.shutdown(socket.SHUT_RDWR)  # its thread reads an end and goes
+            except OSError:
+                pass  # it has left by itself
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request):
+        with self.lock:
+            self.idle.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], ConnectionError):  # clients may leave when they like
@@ -335,18 +586,33 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self):
         self.timeout = self.server.cfg.timeout  # of each read and write on this connection
+        self.name = "other"  # of the route, for the metrics: a bounded set, whatever people ask for
+        self.routes = {
+            "/": ("GET", self.page),
+            "/health": ("GET", self.health),
+            "/metrics": ("GET", self.metrics),
+            "/v1/models": ("GET", self.models),
+            "/v1/chat/completions": ("POST", self.chat),
+            "/v1/completions": ("POST", self.completions),
+            "/tokenize": ("POST", self.tokenize),
+            "/detokenize": ("POST", self.detokenize),
+            "/tokenizer_info": ("GET", self.tokenizer_info),
+        }
         super().setup()
 
     def log_message(self, *args):
         pass
 
+    def log_request(self, code="-", size="-"):
+        with self.server.lock:
+            self.server.counts[self.name, int(code)] += 1
+
     def route(self):
-        routes = {
-            "/": ("GET", self.page),
-            "/health": ("GET", self.health),
-            "/v1/models": ("GET", self.models),
-            "/v1/chat/completions": ("POST", self.chat),
-        }
+        path = self.path.partition("?")[0]
+        method, handler = self.routes.get(path, (None, None))
+        self.name = path if handler else "other"
+        if path == f"/v1/models/{self.server.about['model']}":
+            method, handler, self.name = "GET", self.model, "/v1/models"
         self.started = False
         if self.request_version == "HTTP/1.0":
             self.close_connection = True
@@ -356,10 +622,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(refusal)
         with self.server.lock:
             self.server.busy += 1
+            self.server.idle.pop(self.connection, None)
         try:
-            method, handler = routes.get(self.path.partition("?")[0], (None, None))
             if handler is None:
-                raise Refusal(404, f"there is no {self.path[:200]}; there are {', '.join(routes)}", code="unknown_url")
+                raise Refusal(404, f"there is no {self.path[:200]}; there are {', '.join(self.routes)}", code="unknown_url")
             if self.command != method and (self.command, method) != ("HEAD", "GET"):
                 message, headers = f"{self.path[:200]} wants {method}, not {self.command}", [("Allow", method)]
                 raise Refusal(405, message, code="method_not_allowed", headers=headers)
@@ -379,12 +645,17 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with self.server.lock:
                 self.server.busy -= 1
+                self.server.idle[self.connection] = True
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = route
 
     def read_body(self):
         """The bytes of the request. All methods read it, or it would be taken for the connection's next request."""
         kept_open, self.close_connection = self.close_connection, True  # what goes wrong here leaves unread bytes behind
+        given = self.headers.get("Authorization", "").encode("latin-1", "replace")
+        if self.server.key and self.name not in ("/", "/health") and not hmac.compare_digest(given, b"Bearer " + self.server.key):
+            message = "no API key, or a wrong one: send the header Authorization: Bearer KEY"
+            raise Refusal(401, message, code="invalid_api_key", headers=[("WWW-Authenticate", "Bearer")])
         if "Transfer-Encoding" in self.headers:
             raise Refusal(411, "send the body with a Content-Length")
         lengths = self.headers.get_all("Content-Length", ["0"])
@@ -430,6 +701,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code, message=None, explain=None):
         """What http.server itself finds wrong with a request, in our form."""
+        self.name = "other"
         self.close_connection = True
         self.refuse(Refusal(405 if code == 501 else code, message or "bad request"))
 
@@ -443,45 +715,84 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({"status": "ok", **self.server.about, "running": min(taken, slots), "waiting": max(0, taken - slots)})
 
     def models(self, body):
-        model = {"id": self.server.about["model"], "object": "model", "created": self.server.created, "owned_by": "onesitting"}
-        self.send_json({"object": "list", "data": [model]})
+        self.send_json({"object": "list", "data": [self.server.card()]})
+
+    def model(self, body):
+        self.send_json(self.server.card())
+
+    def metrics(self, body):
+        server, worker = self.server, self.server.worker
+        with server.lock:
+            counts, connections = sorted(server.counts.items()), len(server.idle) + server.busy
+        running = min(worker.taken, server.cfg.slots)
+        single = [("running", "gauge", running), ("waiting", "gauge", worker.taken - running), ("connections", "gauge", connections)]
+        single += [("prompt_tokens_total", "counter", worker.read), ("generated_tokens_total", "counter", worker.written)]
+        lines = ["# TYPE onesitting_requests_total counter"]
+        lines += [f'onesitting_requests_total{{route="{route}",status="{status}"}} {n}' for (route, status), n in counts]
+        for name, kind, value in single:
+            lines += [f"# TYPE onesitting_{name} {kind}", f"onesitting_{name} {value}"]
+        for name, times in (("time_to_first_token_seconds", worker.first), ("answer_seconds", worker.whole)):
+            lines += [f"# TYPE onesitting_{name} histogram", *times.lines(f"onesitting_{name}")]
+        self.send(200, "text/plain; version=0.0.4; charset=utf-8", "".join(line + "\n" for line in lines).encode())
+
+    def tokenize(self, body):
+        """vLLM's form, which lm-eval asks for. A prompt that is nothing but a special token's name gives that token: lm-eval
+        learns the ids of bos and eos so. Within a longer text such a name is text."""
+        body, tokenizer = read_json(body, ["model", "prompt", "add_special_tokens"]), self.server.worker.engine.tokenizer
+        prompt = body.get("prompt")
+        if not isinstance(prompt, str):
+            raise Refusal(400, "prompt must be a string", "prompt")
+        check_text(prompt, "prompt")
+        first = [tokenizer.special("<|bos|>")] if flag(body, "add_special_tokens", True) else []
+        tokens = [tokenizer.special(prompt)] if prompt in tokenizer.special_tokens else [*first, *tokenizer.encode(prompt)]
+        self.send_json({"tokens": tokens, "count": len(tokens), "max_model_len": self.server.about["context"]})
+
+    def detokenize(self, body):
+        body, tokenizer = read_json(body, ["model", "tokens"]), self.server.worker.engine.tokenizer
+        if not are_ids(body.get("tokens"), tokenizer):
+            raise Refusal(400, f"tokens must be a list of ids, each from 0 to {tokenizer.vocab_size - 1}", "tokens")
+        self.send_json({"prompt": tokenizer.decode(body["tokens"])})
+
+    def tokenizer_info(self, body):
+        tokenizer = self.server.worker.engine.tokenizer
+        form = {"tokenizer_class": "onesitting", "bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "pad_token": None}
+        form |= {"vocab_size": tokenizer.vocab_size, "model_max_length": self.server.about["context"]}
+        self.send_json(form | {"additional_special_tokens": tokenizer.special_tokens, "chat_template": None})
 
     def chat(self, body):
-        body = read_json(body)
-        prompt, params, stop = read_request(body, self.server.cfg, self.server.worker.engine)
-        stream, usage_wanted = flag(body, "stream"), False
+        self.reply(Chat, read_json(body, CHAT_OPTIONS), read_chat)
+
+    def completions(self, body):
+        self.reply(Completion, read_json(body, COMPLETION_OPTIONS), read_completion)
+
+    def reply(self, form, body, read):
+        engine, stream, usage_wanted = self.server.worker.engine, flag(body, "stream"), False
         if body.get("stream_options") is not None:
             if not stream or not isinstance(body["stream_options"], dict):
                 raise Refusal(400, "stream_options must be an object, and goes with stream", "stream_options")
             usage_wanted = flag(body["stream_options"], "include_usage")
-        events = queue.Queue()
-        answers = [Answer(i, prompt, p, stop, events) for i, p in enumerate(params)]
+        answers, form = read(body, self.server.cfg, engine, live=stream), form(engine.tokenizer)
         self.server.worker.begin(answers)
-        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.server.about["model"]}
+        head = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.server.about["model"]}
         try:
             if stream:
-                self.chat_stream(head | {"object": "chat.completion.chunk"}, answers, events, usage_wanted)
+                self.reply_stream(form, head | {"object": form.chunk}, answers, usage_wanted)
             else:
-                self.chat_whole(head | {"object": "chat.completion"}, answers, events)
+                self.reply_whole(form, head | {"object": form.whole}, answers)
         finally:
             for answer in answers:
                 answer.dropped = True
 
-    def chat_whole(self, head, answers, events):
-        parts = [[] for _ in answers]
-        for answer, pieces, _ in self.follow(answers, events):
-            for kind, text in pieces:
-                if not parts[answer.index] or parts[answer.index][-1]["type"] != kind:
-                    parts[answer.index].append({"type": kind, "text": ""})
-                parts[answer.index][-1]["text"] += text
+    def reply_whole(self, form, head, answers):
+        said = {answer: (pieces, tokens) for answer, pieces, tokens, _ in self.follow(answers)}  # each comes once, whole
         choices = []
-        for answer, said in zip(answers, parts):
-            content = "".join(p["text"] for p in said if p["type"] == "text")
-            message = {"role": "assistant", "content": content, "parts": said}
-            choices.append({"index": answer.index, "message": message, "logprobs": None, "finish_reason": answer.finish})
+        for answer in answers:
+            pieces, tokens = said[answer]
+            logprobs = form.logprobs(tokens) if answer.logprobs else None
+            choices.append({"index": answer.index, **form.choice(pieces, logprobs), "finish_reason": answer.finish})
         self.send_json(head | {"choices": choices, "usage": usage(answers)})
 
-    def chat_stream(self, head, answers, events, usage_wanted):
+    def reply_stream(self, form, head, answers, usage_wanted):
         self.started = True
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
@@ -494,17 +805,19 @@ class Handler(BaseHTTPRequestHandler):
             data = f"data: {form if isinstance(form, str) else json.dumps(form)}\n\n".encode()
             self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data) if chunked else data)
 
-        def delta(answer, change, finish=None):
-            event(head | {"choices": [{"index": answer.index, "delta": change, "logprobs": None, "finish_reason": finish}]})
+        def choice(answer, change, finish=None):
+            event(head | {"choices": [{"index": answer.index, "logprobs": None, **change, "finish_reason": finish}]})
 
         for answer in answers:
-            delta(answer, {"role": "assistant", "content": ""})
+            for change in form.opening:
+                choice(answer, change)
         try:
-            for answer, pieces, finish in self.follow(answers, events):
-                for kind, text in pieces:
-                    delta(answer, {"content": text} if kind == "text" else {"content": "", "tool": {"type": kind, "text": text}})
+            for answer, pieces, tokens, finish in self.follow(answers):
+                if pieces or tokens:
+                    for change in form.chunks(pieces, form.logprobs(tokens) if tokens else None):
+                        choice(answer, change)
                 if finish:
-                    delta(answer, {}, finish)
+                    choice(answer, form.closing, finish)
             if usage_wanted:
                 event(head | {"choices": [], "usage": usage(answers)})
             event("[DONE]")
@@ -513,29 +826,37 @@ class Handler(BaseHTTPRequestHandler):
         if chunked:
             self.wfile.write(b"0\r\n\r\n")
 
-    def follow(self, answers, events):
+    def follow(self, answers):
         """Events of these answers until all are finished. Raises ConnectionError as soon as the client has left."""
+        events, unfinished = answers[0].events, len(answers)
+        end = answers[0].born + self.server.cfg.deadline + self.server.cfg.timeout  # for a client that reads too slowly
         poll = select.poll()
         poll.register(self.connection, select.POLLIN)
-        unfinished = len(answers)
         while unfinished:
             try:
-                answer, pieces, finish = events.get(timeout=0.25)
+                event = events.get(timeout=0.25)
             except queue.Empty:
-                answer = None
+                event = None
             if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
                 raise ConnectionAbortedError("the client has left")
-            if answer is None:
+            if time.monotonic() > end:
+                raise ConnectionAbortedError("the client reads too slowly")
+            if event is None:
                 continue
+            finish = event[-1]
             if finish == "error":
                 raise Refusal(500, "the answer could not be finished; the server's log says why")
+            if finish == "late":
+                headers = [("Retry-After", "10")]
+                raise Refusal(503, f"no place came free within {self.server.cfg.deadline:g} seconds", headers=headers)
             unfinished -= bool(finish)
-            yield answer, pieces, finish
+            yield event
 
 
 def usage(answers):
-    """Tokens read and written; the calculator's output and the end of the turn count as written."""
-    read, written = len(answers[0].prompt), sum(len(a.request.ids) for a in answers)
+    """Tokens read, each prompt once, and written; the calculator's output and the end of the turn count as written."""
+    read = sum(len(next(same).prompt) for _, same in groupby(answers, key=lambda answer: id(answer.prompt)))
+    written = sum(len(a.request.ids) for a in answers)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 

@@ -12,6 +12,7 @@ order: tokenizer, model, optimizer, data, engine, evaluations, stages, server.
 
 import base64
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -21,6 +22,7 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import random
 import re
 import resource
@@ -31,6 +33,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +49,7 @@ import data
 import evals
 import gpt
 import optim
+import serve
 import tok
 from data import SPECIALS
 from gpt import GPT, GPTConfig, KVCache, Machine
@@ -2237,6 +2241,7 @@ def test_serve_errors(server):
         ({"stop": [1]}, "stop"),
         ({"stream": "yes"}, "stream"),
         ({"tools": [{}]}, "tools"),
+        ({"echo": True}, "echo"),
         ({"temprature": 1}, "temprature"),
     ]
     path = f"{url}/v1/chat/completions"
@@ -2262,6 +2267,268 @@ def test_serve_errors(server):
             assert b'"error"' in read_all(client)
     session = requests.Session()  # on one connection, an error leaves the next request whole
     assert [session.post(path, json=HELLO | c, timeout=20).status_code for c in ({}, {"n": 0}, {})] == [200, 400, 200]
+
+
+def complete(url, **changes):
+    return requests.post(f"{url}/v1/completions", json={"max_tokens": 12, "seed": 5} | changes, timeout=20)
+
+
+@pytest.fixture(scope="module")
+def direct(untrained):
+    """The server's model without the server."""
+    return load_engine(Config(out=str(untrained)), gpt.start_machine("cpu", "float32", 1), 1)[0]
+
+
+def test_serve_completions(server, direct):
+    """Text, ids, echo and log-probabilities are those of the engine and of a direct forward pass, streamed or not."""
+    url, _ = server
+    tokenizer, text = direct.tokenizer, "The capital of Sweden né"
+    ids = tokenizer.encode(text)
+    bos = tokenizer.special("<|bos|>")
+    for prompt, read in ((text, [bos, *ids]), (ids, ids), ([bos, *ids], [bos, *ids])):
+        request = direct.generate([read], Params(max_tokens=12, temperature=1.0, seed=5, top_logprobs=3))[0]
+        said = read if isinstance(prompt, list) else ids
+        choice = complete(url, prompt=prompt, echo=True, logprobs=3).json()["choices"][0]
+        written = request.ids[:-1] if request.finish == "stop" else request.ids
+        assert choice["text"] == tokenizer.decode(said + written) and choice["finish_reason"] == request.finish
+        form = choice["logprobs"]
+        with torch.inference_mode():
+            rows = torch.log_softmax(direct.model(torch.tensor([read + request.ids[:-1]]))[0], -1)
+        expected = rows.gather(1, torch.tensor(read[1:] + request.ids)[:, None])[:, 0].tolist()
+        expected = [None, *expected][-len(said + request.ids) :]
+        assert [p is None for p in form["token_logprobs"]] == [p is None for p in expected]
+        assert all(abs(a - b) < 1e-4 for a, b in zip(form["token_logprobs"], expected) if b is not None)
+        for token, logprob, top, row in zip(form["tokens"][::-1], form["token_logprobs"][::-1], form["top_logprobs"][::-1], rows.flip(0)):
+            assert top[token] == logprob and len(top) in (3, 4) and abs(max(top.values()) - row.max().item()) < 1e-4
+        for id, token, at in zip(said + written, form["tokens"], form["text_offset"]):
+            if token.startswith("bytes:"):
+                assert bytes.fromhex(token[6:].replace("\\x", "")) == tokenizer.token_bytes(id)
+            else:
+                assert choice["text"][at:].startswith(token) and token.encode() == tokenizer.token_bytes(id)
+        response = complete(url, prompt=prompt, echo=True, logprobs=3, stream=True)
+        chunks = [json.loads(e.removeprefix("data: ")) for e in response.content.decode().split("\n\n")[:-2]]
+        chunks = [chunk["choices"][0] for chunk in chunks]
+        assert "".join(c["text"] for c in chunks) == choice["text"] and chunks[-1]["finish_reason"] == request.finish
+        for key in form:
+            assert [x for c in chunks if c["logprobs"] for x in c["logprobs"][key]] == form[key]
+
+    scored = complete(url, prompt=[ids, ids[:3]], echo=True, logprobs=0, max_tokens=0).json()
+    assert [c["text"] for c in scored["choices"]] == [text, tokenizer.decode(ids[:3])]
+    assert scored["usage"] == {"prompt_tokens": len(ids) + 3, "completion_tokens": 0, "total_tokens": len(ids) + 3}
+    assert len(scored["choices"][0]["logprobs"]["tokens"]) == len(ids) and scored["choices"][1]["finish_reason"] == "length"
+    assert complete(url, prompt=[1] * 128, echo=True, logprobs=1, max_tokens=0).status_code == 200  # a whole context
+
+    whole = complete(url, prompt=[text, "Who"], n=2).json()
+    alone = [complete(url, prompt=prompt, seed=seed).json()["choices"][0]["text"] for prompt in (text, "Who") for seed in (5, 6)]
+    assert [c["text"] for c in whole["choices"]] == alone and [c["index"] for c in whole["choices"]] == [0, 1, 2, 3]
+    stop = alone[0][3:5]
+    assert complete(url, prompt=text, stop=[text[:4], stop], echo=True).json()["choices"][0]["text"] == text + alone[0][: alone[0].index(stop)]
+
+    bad = [({"prompt": p}, "prompt") for p in (None, [], [[]], 7, [1, "a"], [[1], "a", 2], [-1], [10**9], [True], {}, ["\ud800"], "a" * 9000)]
+    bad += [({"max_tokens": 0}, "max_tokens"), ({"logprobs": 6}, "logprobs"), ({"logprobs": True}, "logprobs"), ({"echo": 1}, "echo")]
+    bad += [({"prompt": ["a"] * 5}, "prompt"), ({"messages": []}, "messages"), ({"suffix": "x"}, "suffix")]
+    for change, param in bad:
+        body = json.dumps({"prompt": "a"} | change)
+        response = requests.post(f"{url}/v1/completions", data=body, timeout=20)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param), change
+
+
+def test_serve_chat_logprobs(server, direct):
+    url, _ = server
+    prompt = data.render(HELLO["messages"], direct.tokenizer, reply=True)[0]
+    request = direct.generate([prompt], Params(max_tokens=24, temperature=0.9, seed=5, top_logprobs=2))[0]
+    wanted = {"temperature": 0.9, "logprobs": True, "top_logprobs": 2}
+    message, logprobs = (chat(url, **wanted).json()["choices"][0][key] for key in ("message", "logprobs"))
+    plain = b"".join(bytes(token["bytes"]) for token in logprobs["content"])
+    assert plain.decode(errors="replace") == message["content"]
+    shown = iter(zip(request.ids, request.logprobs, request.tops))
+    for token in logprobs["content"]:  # all those of the content, in the engine's order
+        id, logprob, top = next(s for s in shown if list(direct.tokenizer.token_bytes(s[0])) == token["bytes"])
+        assert abs(token["logprob"] - logprob) < 1e-4 and len(token["top_logprobs"]) == 2
+        assert token["top_logprobs"][0]["bytes"] == list(direct.tokenizer.token_bytes(top[0][0]))
+    response = chat(url, stream=True, **wanted)
+    chunks = [json.loads(e.removeprefix("data: "))["choices"][0] for e in response.content.decode().split("\n\n")[:-2]]
+    assert [t for c in chunks if c["logprobs"] for t in c["logprobs"]["content"]] == logprobs["content"]
+    assert chat(url).json()["choices"][0]["logprobs"] is None
+    for change in ({"top_logprobs": 2}, {"logprobs": 3}, {"logprobs": True, "top_logprobs": 21}):
+        assert chat(url, **change).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "stop, content, seen",
+    [
+        ([], "It is 42, so.", True),
+        (["42, s"], "It is ", True),  # begins after the calculation
+        (["is 42"], "It ", False),  # the calculation lies within it
+        (["6*7", "<|python"], "It is 42, so.", True),  # what the calculator was told is no content
+    ],
+)
+def test_serve_stop_strings_around_a_calculation(tokenizer, stop, content, seen):
+    s = tokenizer.special
+    call = [s("<|python_start|>"), *tokenizer.encode("6*7"), s("<|python_end|>")]
+    script = tokenizer.encode("It is ") + call + [0] * (2 + len(tokenizer.encode("42")))  # the calculator's tokens are forced
+    script += [*tokenizer.encode("42, so."), s("<|assistant_end|>")]
+    cfg = GPTConfig(tokenizer.vocab_size, 96, 1, 64, 1, 1)
+    for live in (False, True):
+        engine = Engine(Scripted(cfg, script, 2), tokenizer, 1)
+        answer = serve.Answer(0, [1, 2], Params(max_tokens=60), stop, queue.SimpleQueue(), live=live, logprobs=True)
+        answer.begin(engine)
+        for now in range(60):
+            if not answer.finish:
+                engine.step()
+                answer.advance(engine, float(now), 0.0, deadline=1e12)
+        events = [answer.events.get() for _ in range(answer.events.qsize())]
+        pieces = [piece for event in events for piece in event[1]]
+        assert "".join(text for kind, text in pieces if kind == "text") == content and answer.finish == "stop"
+        assert "".join(text for kind, text in pieces if kind != "text") == ("6*742" if seen else "")
+        listed = b"".join(tokenizer.token_bytes(t[1]) for event in events for t in event[2]).decode()
+        assert listed.startswith(content) and (stop or listed == content)
+
+
+def test_serve_lists_the_token_that_ends_a_completion(tokenizer):
+    """lm-eval takes the last token off the list as the one generated, also where the answer ends at once."""
+    engine = Engine(Scripted(GPTConfig(tokenizer.vocab_size, 96, 1, 64, 1, 1), [tokenizer.special("<|bos|>")], 2), tokenizer, 1)
+    answer = serve.Answer(0, [1, 2], Params(max_tokens=1), [], queue.SimpleQueue(), logprobs=True, raw=True)
+    answer.begin(engine)
+    engine.step()
+    answer.advance(engine, 0.0, 0.0, deadline=1e12)
+    assert [(at, id) for at, id, _, _ in answer.events.get()[2]] == [(0, tokenizer.special("<|bos|>"))]
+
+
+def test_serve_tokenizes(server, direct):
+    """In the form that lm-eval's remote tokenizer asks for."""
+    url, _ = server
+    text, tokenizer = "né <|bos|> x", direct.tokenizer
+    ask = functools.partial(requests.post, timeout=20)
+    ids = ask(f"{url}/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
+    assert ids == tokenizer.encode(text) and ask(f"{url}/detokenize", json={"tokens": ids}).json() == {"prompt": text}
+    info = requests.get(f"{url}/tokenizer_info", timeout=20).json()
+    bos = ask(f"{url}/tokenize", json={"prompt": info["bos_token"], "add_special_tokens": False}).json()
+    assert bos == {"tokens": [tokenizer.special("<|bos|>")], "count": 1, "max_model_len": 128}
+    assert ask(f"{url}/tokenize", json={"prompt": text}).json()["tokens"] == bos["tokens"] + ids
+    for path, body in (("tokenize", {}), ("tokenize", {"prompt": "\udc00"}), ("detokenize", {"tokens": [1 << 40]}), ("detokenize", {"tokens": 3})):
+        assert ask(f"{url}/{path}", data=json.dumps(body)).status_code == 400
+
+
+def test_serve_metrics(server):
+    url, _ = server
+
+    def figures():
+        lines = [line for line in requests.get(f"{url}/metrics", timeout=20).text.splitlines() if not line.startswith("# ")]
+        assert all(re.fullmatch(r'[a-z_]+({[a-z]+="[^"]*"(,[a-z]+="[^"]*")*})? [0-9.]+', line) for line in lines)
+        return collections.Counter({name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)})
+
+    before = figures()
+    sizes = [chat(url, seed=seed).json()["usage"] for seed in (1, 2, 3)]
+    chat(url, n=0)
+    requests.get(f"{url}/" + "x" * 50, timeout=20)
+    change = figures() - before
+    path = 'route="/v1/chat/completions"'
+    assert change[f'onesitting_requests_total{{{path},status="200"}}'] == 3 and change[f'onesitting_requests_total{{{path},status="400"}}'] == 1
+    assert change['onesitting_requests_total{route="other",status="404"}'] == 1
+    assert change["onesitting_prompt_tokens_total"] == sum(s["prompt_tokens"] for s in sizes)
+    assert change["onesitting_generated_tokens_total"] == sum(s["completion_tokens"] for s in sizes)
+    for name in ("time_to_first_token_seconds", "answer_seconds"):
+        assert change[f"onesitting_{name}_count"] == change[f'onesitting_{name}_bucket{{le="+Inf"}}'] == 3
+        assert change[f"onesitting_{name}_sum"] > 0
+
+
+@contextlib.contextmanager
+def serving(untrained, **knobs):
+    """A server within this process: (address, server)."""
+    knobs = dict(port=0, slots=2, queue=2, device="cpu", dtype="float32", threads=1) | knobs
+    server = serve.Server(serve.Config(out=str(untrained), **knobs))
+    server.start()
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.stop()
+
+
+def test_serve_bounds(untrained):
+    """An API key, the time an answer may take, and how many connections stay open."""
+    with serving(untrained, api_key="sésame", connections=4) as (url, server):
+        for path, status in (("/v1/models", 401), ("/metrics", 401), ("/nowhere", 401), ("/health", 200), ("/", 200)):
+            for key in (None, "Bearer wrong", "Bearer ", "Bearer sésame2", "sésame", "Basic é"):
+                headers = {"Authorization": key.encode()} if key else {}
+                response = requests.get(url + path, headers=headers, timeout=20)
+                assert response.status_code == status
+                assert status == 200 or response.json()["error"]["code"] == "invalid_api_key"
+        headers = {"Authorization": "Bearer sésame".encode()}
+        ask = functools.partial(requests.post, f"{url}/v1/chat/completions", json=HELLO | {"temperature": 0}, headers=headers, timeout=20)
+        idle = [connect(url) for _ in range(12)]  # they keep nobody out, and the oldest are closed
+        assert ask().status_code == 200
+        idle[0].settimeout(5)
+        assert idle[0].recv(1) == b"" and len(server.idle) <= 4
+
+        server.worker.deadline = 0.0  # the time is up after the first step, or before it
+        late = ask()
+        assert late.status_code == 503 or late.json()["choices"][0]["finish_reason"] == "length"
+        assert late.status_code == 503 or late.json()["usage"]["completion_tokens"] == 1
+        server.worker.deadline = 600.0
+        assert ask().json()["usage"]["completion_tokens"] > 1
+
+
+def malformed(rng):
+    """The bytes of a request with something wrong with it, mostly."""
+    paths = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/models", "/metrics", "/", "/%00", "//", "*", "/é", "http://["]
+    odd = [None, True, -1, 0, 1e308, 2**70, "", "\ud800", "a" * 3000, [], [[]], {}, [None], [1, [2]], [[1, 2], [3]], "<|bos|>", [{"role": "user"}]]
+    keys = [*serve.CHAT_OPTIONS, *serve.COMPLETION_OPTIONS, "tokens", "add_special_tokens", "\udc00", ""]
+    body = {"messages": HELLO["messages"], "prompt": "Hi", "max_tokens": 2}
+    if rng.random() < 0.6:  # one of the two, so that it may get further
+        body.pop(rng.choice(["messages", "prompt"]))
+    for _ in range(rng.randrange(1, 4)):
+        body[rng.choice(keys)] = rng.choice(odd)
+    raw = json.dumps(body).encode()
+    if rng.random() < 0.2:
+        raw = rng.choice([b"", b"\xff" + raw, raw[:-5], b"[" * 3000, b"NaN", b"\x00" * 10, rng.randbytes(50)])
+    method = rng.choice(["POST"] * 8 + ["GET", "HEAD", "PUT", "BREW", "", "P\u00d6ST"])
+    length = str(len(raw)) if rng.random() < 0.8 else rng.choice(["-1", "1e9", "99999999999", str(len(raw) + 7), "0", "٣", "5, 5", ""])
+    version = rng.choice(["HTTP/1.1"] * 8 + ["HTTP/1.0", "HTTP/0.9", "HTTP/9.9", "HTTP/x", ""])
+    headers = f"Host: x\r\nContent-Length: {length}\r\n"
+    if rng.random() < 0.2:
+        more = ["Transfer-Encoding: chunked", "Expect: 100-continue", "Connection: \x00", "X: " + "y" * 70000, ": nothing", "no colon", " folded: é"]
+        headers += rng.choice(more) + "\r\n"
+    whole = f"{method} {rng.choice(paths[:4] * 6 + paths)} {version}\r\n{headers}\r\n".encode() + raw
+    if rng.random() < 0.1:
+        whole = whole[: rng.randrange(len(whole))]
+    return whole if rng.random() > 0.05 else rng.randbytes(200)
+
+
+def test_serve_survives_malformed_requests(server):
+    """A thousand of them: an honest client beside them reads the right answers all the while, and none is left without an end."""
+    url, process = server
+    expected, answers, over = chat(url, temperature=0).json()["choices"], [], threading.Event()
+    assert len(expected[0]["message"]["content"]) > 20
+
+    def honest():
+        while not over.is_set():
+            response = chat(url, temperature=0)
+            answers.append(response.status_code == 429 or response.json()["choices"] == expected)
+            time.sleep(0.01)
+
+    def send(seed):
+        with connect(url) as client:
+            try:
+                client.sendall(malformed(random.Random(seed)))
+                client.shutdown(socket.SHUT_WR)
+                return read_all(client)[:12]
+            except ConnectionError:
+                return b""  # the server had heard enough
+
+    with ThreadPoolExecutor(5) as pool:
+        client = pool.submit(honest)
+        starts = collections.Counter(pool.map(send, range(1000)))
+        over.set()
+        client.result()
+    assert len(answers) > 20 and all(answers), answers
+    statuses = {int(start[9:]) for start in starts if start.startswith(b"HTTP/1.1 ")}
+    assert statuses >= {200, 400, 404, 405} and 500 not in statuses, starts
+    assert process.poll() is None and requests.get(f"{url}/health", timeout=20).json()["running"] == 0
 
 
 def test_serve_busy_and_vanishing_clients(server):
