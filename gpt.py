@@ -412,7 +412,7 @@ class Attention(nn.Module):
         self.k = Linear(cfg.width, self.G * self.D)
         self.v = Linear(cfg.width, self.G * self.D)
         self.out = Linear(self.H * self.D, cfg.width)
-        # value embeddings on every other layer, counted so that the last has one; the gate reads 32 channels
+        # value embeddings on every other layer, counted so that the last has one; 32 channels are enough for a gate to read
         self.gate = Linear(32, self.G) if (cfg.depth - 1 - layer) % 2 == 0 else None
 
     def forward(self, x, value, cos, sin, cache, index, masks):

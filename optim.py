@@ -77,14 +77,14 @@ def orthogonalise(g, dtype=torch.float32):
     x = g.to(dtype)
     wide = x.size(1) <= x.size(2)
     x = x if wide else x.mT  # the Gram matrix is taken on the shorter side
-    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-7)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-7)  # no singular value above one; 2% are for rounding in bf16
     for a, b, c in POLAR:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x if wide else x.mT).to(g.dtype)
 
 
-class Block:
+class Bundle:
     """Parameters that are updated together: one for AdamW (its rows are numbers), all of one shape for Muon
     (its rows are matrices). Owns rows [rank * per, (rank + 1) * per) of the padded stack."""
 
@@ -142,50 +142,50 @@ class MuonAdamW:
 
     def __init__(self, groups, rank=0, world=1):
         self.groups, self.steps = groups, 0
-        self.blocks = []
+        self.bundles = []
         for group in groups:
             if group["kind"] == "muon":
                 for shape in sorted({tuple(p.shape) for p in group["params"]}):
                     same = [p for p in group["params"] if tuple(p.shape) == shape]
-                    self.blocks.append(Block(same, group, rank, world))
+                    self.bundles.append(Bundle(same, group, rank, world))
             else:
-                self.blocks += [Block([p], group, rank, world) for p in group["params"]]
+                self.bundles += [Bundle([p], group, rank, world) for p in group["params"]]
 
     @torch.no_grad()
     def step(self, lr_scale=1.0):
         """One update of all parameters from their .grad, which are None afterwards; returns the gradient's norm.
 
         Where that is not finite, nothing moves, neither weights nor state, and the step does not count. All ranks
-        call it; a block's communication overlaps the work on others.
+        call it; a bundle's communication overlaps the work on others.
         """
-        for block in self.blocks:
-            block.start()
-        total = sum(block.square() for block in self.blocks)
-        if self.blocks[0].world > 1:
+        for bundle in self.bundles:
+            bundle.start()
+        total = sum(bundle.square() for bundle in self.bundles)
+        if self.bundles[0].world > 1:
             dist.all_reduce(total)
         norm = total.sqrt().item()
         if not math.isfinite(norm):
-            for block in self.blocks:
-                block.drop()
+            for bundle in self.bundles:
+                bundle.drop()
             return norm
         self.steps += 1
-        for block in self.blocks:
-            block.update(self.steps)
-        for block in self.blocks:
-            block.finish(lr_scale)
+        for bundle in self.bundles:
+            bundle.update(self.steps)
+        for bundle in self.bundles:
+            bundle.finish(lr_scale)
         return norm
 
     def shard(self):
         """This rank's part of the state. Learning rates are no part of it: a rate set after load() holds."""
-        return {"steps": self.steps, "blocks": [{k: v.cpu() for k, v in b.state.items()} for b in self.blocks]}
+        return {"steps": self.steps, "bundles": [{k: v.cpu() for k, v in b.state.items()} for b in self.bundles]}
 
     def load(self, shards):
         """Restore from the shards of all ranks, in rank order, of any world size."""
         self.steps = shards[0]["steps"]
-        for i, block in enumerate(self.blocks):
-            for name, mine in block.state.items():
-                rows = torch.cat([s["blocks"][i][name] for s in shards])[: block.count]
-                rows = rows[block.rank * block.per : (block.rank + 1) * block.per]
+        for i, bundle in enumerate(self.bundles):
+            for name, mine in bundle.state.items():
+                rows = torch.cat([s["bundles"][i][name] for s in shards])[: bundle.count]
+                rows = rows[bundle.rank * bundle.per : (bundle.rank + 1) * bundle.per]
                 mine.zero_()
                 mine[: len(rows)] = rows.to(mine.device)
 
@@ -199,6 +199,7 @@ def build(model, lr_matrix, lr_embed, lr_unembed, weight_decay=0.0, momentum=0.9
     inner = dict(model.blocks.named_parameters())
     gates = [p for name, p in inner.items() if "gate" in name]
     matrices = [p for name, p in inner.items() if "gate" not in name]
+    # short memories (5 and 20 steps), since rates change within hundreds of steps; an eps far below any gradient's size
     adam = {"kind": "adamw", "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.0}
     muon = {"kind": "muon", "momentum": momentum, "dtype": model.dtype}  # products in the activations' precision
     tables = [model.embed.weight, *model.values.parameters()]

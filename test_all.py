@@ -946,7 +946,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     weights, shard = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.shard())
     assert not math.isfinite(step(True))
     assert same(model.state_dict(), weights) and optimizer.shard()["steps"] == shard["steps"] == 1
-    assert all(same(a, b) for a, b in zip(optimizer.shard()["blocks"], shard["blocks"]))
+    assert all(same(a, b) for a, b in zip(optimizer.shard()["bundles"], shard["bundles"]))
     assert math.isfinite(step(False)) and not same(model.state_dict(), weights)
 
 
@@ -1963,7 +1963,7 @@ def test_weights_and_moments_are_fp32_in_a_bf16_run(tiny_run, tmp_path):
     """Also through a checkpoint, and nothing is rounded to bf16 on the way."""
     for _ in range(2):
         run("pretrain.py", f"--out={tmp_path}", f"--from={tiny_run}", *TINY, "--dtype=bfloat16", "--steps=3", "--stop_after=2")
-    moments = torch.load(gpt.latest(tmp_path / "base") / "optimizer_000.pt", weights_only=True)["blocks"]
+    moments = torch.load(gpt.latest(tmp_path / "base") / "optimizer_000.pt", weights_only=True)["bundles"]
     for name, t in [*weights(tmp_path / "base").items(), *(item for block in moments for item in block.items())]:
         assert t.dtype == torch.float32 and not torch.equal(t, t.bfloat16().float()), name
     loaded, _ = gpt.load_model(tmp_path / "base", dataclasses.replace(CPU, dtype=torch.bfloat16))
