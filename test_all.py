@@ -4,7 +4,7 @@ Every test of the system, and its benchmarks.
     python -m pytest -q test_all.py             # all of them, a few minutes on two cores
     python -m pytest -q test_all.py -k muon     # some of them
     python test_all.py                          # the same as the first
-    python test_all.py bench tok                # or train, decode: prints a table
+    python test_all.py bench tok                # or train, decode, serve: prints a table
 
 Libraries are tested by import, stages as people run them: as processes of their own, on a tiny model. In reading
 order: tokenizer, model, optimizer, data, engine, evaluations, stages, server.
@@ -2637,6 +2637,51 @@ def bench_decode():
 
         count = sum(len(r.ids) for r in generate())  # chance is keyed: every run gives the same tokens
         print(f"depth {depth}, {concurrent:2} requests: {count / best(generate):10,.0f} tokens/s")
+
+
+def stream_from(url, i, tokens):
+    """One client of bench_serve: (seconds to the first token, seconds to the last, tokens received)."""
+    body = {"prompt": [[i % 256] * 20], "max_tokens": tokens, "seed": i, "stream": True, "stream_options": {"include_usage": True}}
+    body, start, first, last = json.dumps(body).encode(), time.perf_counter(), 0.0, b""
+    with connect(url) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        while b"data: [DONE]" not in last:
+            last = last[-500:] + client.recv(1 << 16)
+            if not first and b"data: " in last:
+                first = time.perf_counter() - start
+    return first, time.perf_counter() - start, int(re.search(rb'"completion_tokens": (\d+)', last)[1])
+
+
+def bench_serve(clients=32, tokens=100):
+    """Tokens a second of many clients that stream through HTTP, beside the engine's own; time to the first token."""
+    threads = max(1, os.cpu_count() // 2)  # the rest is for the clients, which would be on other machines
+    machine = gpt.start_machine(threads=threads)
+    depth = 20 if machine.device.type == "cuda" else 4
+    tokenizer = Tokenizer.train(data.demo_texts(1), 2048, SPECIALS)
+    model = GPT(GPTConfig.from_depth(depth, tokenizer.vocab_size, 512), machine.dtype).init(1)
+    with tempfile.TemporaryDirectory() as out:
+        tokenizer.save(f"{out}/tokenizer")
+        gpt.save_checkpoint(f"{out}/base", 0, model, None, machine, {"stage": "base", "config": {}, "tokenizer": data.tokenizer_hash(out)})
+        engine = load_engine(Config(out=out), machine, clients)[0]
+        prompts = [[i % 256] * 20 for i in range(clients)]
+        params = [Params(max_tokens=tokens, temperature=1.0, seed=i) for i in range(clients)]
+        count, engine_time, best_round = sum(len(r.ids) for r in engine.generate(prompts, params)), math.inf, (math.inf, [])
+        command = [sys.executable, "serve.py", f"--out={out}", "--port=0", f"--slots={clients}", f"--threads={threads}"]
+        with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process, ThreadPoolExecutor(clients) as pool:
+            url = next(found[1] for line in process.stdout if (found := re.match(r"(http://\S+)/ serves", line)))
+            for _ in range(5):  # in turns, so that both meet the same machine; the fastest of each counts
+                engine_time = min(engine_time, best(lambda: engine.generate(prompts, params), 1))
+                start = time.perf_counter()
+                runs = list(pool.map(lambda i: stream_from(url, i, tokens), range(clients)))
+                best_round = min(best_round, (time.perf_counter() - start, runs))
+                assert sum(n for _, _, n in runs) == count  # chance is keyed: the server gives the same tokens
+            process.terminate()
+    spent, runs = best_round
+    firsts = sorted(first for first, _, _ in runs)
+    rates = [(n - 1) / (last - first) for first, last, n in runs if n > tokens / 2]  # who ends early has little to measure
+    print(f"depth {depth}, {clients} clients: {count / spent:,.0f} tokens/s, {engine_time / spent:.0%} of the engine's {count / engine_time:,.0f}")
+    print(f"first token after {firsts[len(firsts) // 2] * 1000:.0f} ms at the median, {firsts[-1] * 1000:.0f} ms at worst")
+    print(f"each client gets from {min(rates):.0f} to {max(rates):.0f} tokens/s")
 
 
 if __name__ == "__main__":
