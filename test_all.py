@@ -2489,6 +2489,138 @@ def test_serve_port_in_use(server, untrained):
     assert done.stderr.count("\n") == 1 and f"127.0.0.1:{port}" in done.stderr
 
 
+class Browser:
+    """A headless Chromium, driven through chromedriver's HTTP interface (W3C WebDriver)."""
+
+    def __enter__(self):
+        self.driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
+        port = next(found[1] for line in self.driver.stdout if (found := re.search(r"successfully on port (\d+)", line)))
+        self.base = f"http://127.0.0.1:{port}/session"
+        options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}, "unhandledPromptBehavior": "ignore"}
+        self.base += "/" + self.call("", capabilities={"alwaysMatch": wanted})["sessionId"]
+        return self
+
+    def __exit__(self, *_):
+        requests.delete(self.base, timeout=20)
+        self.driver.terminate()
+        self.driver.wait()
+
+    def call(self, path, **body):
+        response = requests.post(self.base + path, json=body, timeout=30).json()
+        assert not isinstance(response["value"], dict) or "error" not in response["value"], response
+        return response["value"]
+
+    def js(self, script, *args):
+        return self.call("/execute/sync", script=script, args=args)
+
+    def wait(self, condition, seconds=10):
+        end = time.monotonic() + seconds
+        while not (value := self.js(f"return {condition}")):
+            assert time.monotonic() < end, (condition, self.js("return document.body.innerText"))
+            time.sleep(0.03)
+        return value
+
+    def element(self, css):
+        return "/element/" + [*self.call("/element", using="css selector", value=css).values()][0]
+
+    def click(self, css):
+        self.call(self.element(css) + "/click")
+
+    def type(self, css, text):
+        self.call(self.element(css) + "/value", text=text)
+
+    def media(self, width, height, scheme="light"):
+        for cmd, params in (
+            ("Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}),
+            ("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}),
+        ):
+            self.call("/goog/cdp/execute", cmd=cmd, params=params)
+
+
+class Chained(torch.nn.Module):
+    """Stands in for a model: the next token follows from the last one alone, up to the turn's end."""
+
+    def __init__(self, cfg, ids):
+        super().__init__()
+        self.cfg, self.dtype, self.embed, self.delay = cfg, torch.float32, torch.nn.Embedding(1, 1), 0.0
+        self.next = dict(zip(ids, ids[1:]))
+
+    def forward(self, ids, cache=None, pos=None, fill=False):
+        time.sleep(self.delay)
+        logits = torch.zeros(*ids.shape, self.cfg.vocab_size)
+        for row, last in zip(logits, ids[:, -1].tolist()):
+            row[-1, self.next.get(last, 0)] = 99.0
+        return logits
+
+
+ENTER = "\ue007"
+
+
+@pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")), reason="no chromium with chromedriver on this machine")
+def test_page_in_a_browser(untrained):
+    with serving(untrained, api_key="sesame") as (url, server), Browser() as browser:
+        engine, asked = server.worker.engine, []
+        s = engine.tokenizer.special
+        call = [s("<|python_start|>"), *b"6*7", s("<|python_end|>"), s("<|output_start|>"), *b"42", s("<|output_end|>")]
+        engine.model = model = Chained(engine.model.cfg, [s("<|assistant_start|>"), *b"<b>It", *call, *b" done.", s("<|assistant_end|>")])
+        begin = server.worker.begin
+        server.worker.begin = lambda answers: (asked.extend(answers), begin(answers))
+        notes = "[...document.querySelectorAll('.note')].map(note => note.textContent)"
+        articles = "[...document.querySelectorAll('article')].map(a => a.className + ':' + [...a.querySelectorAll('p')].map(p => p.textContent))"
+        reply = "assistant:<b>It,done."
+
+        browser.call("/url", url=url)
+        browser.type("#input", "Hi & <i>you</i>" + ENTER)  # the server asks for its key, once
+        browser.call("/alert/text", text="sesame")
+        browser.call("/alert/accept")
+        browser.wait(f"/^21 tokens, [0-9.]+ tokens.s$/.test({notes}.at(-1))")
+        assert browser.js(f"return {articles}") == ["user:Hi & <i>you</i>", reply]
+        assert browser.js("return document.querySelector('.tool').textContent") == "Calculator6*7 = 42"
+        assert browser.js("return document.querySelectorAll('#log p *, #log i').length") == 0  # text never becomes markup
+        assert "Keep it" not in browser.js("return document.body.innerText")
+
+        browser.click("[aria-label='Answer again']")
+        browser.wait(f"{notes}.length == 1 && !document.querySelector('[aria-busy]')")
+        browser.click("[aria-label^='Edit this']")
+        assert browser.js("return document.getElementById('input').value") == "Hi & <i>you</i>"
+        browser.js("document.getElementById('input').value = ''")
+        browser.type("#input", "Again" + ENTER)
+        browser.wait(f"{notes}.length == 1 && !document.querySelector('[aria-busy]')")
+        assert browser.js(f"return {articles}") == ["user:Again", reply]
+
+        browser.click("summary")
+        for name, value in (("temperature", "0"), ("seed", "7"), ("top_k", "5"), ("top_p", "0.5"), ("max_tokens", "9")):
+            browser.js(f"document.querySelector('[name={name}]').value = ''")
+            browser.type(f"[name={name}]", value)
+        browser.type("#input", "More" + ENTER)
+        browser.wait(f"{notes}.at(-1).startsWith('9 tokens') && {notes}.at(-1).includes('cut off')")
+        assert asked[-1].params == Params(max_tokens=9, temperature=0, top_k=5, top_p=0.5, seed=7)
+        assert len({answer.params.seed for answer in asked[:3]}) == 3  # an empty seed is random
+
+        browser.call("/refresh")  # all is still there
+        assert len(browser.js(f"return {articles}")) == 4 and browser.js("return document.querySelector('[name=seed]').value") == "7"
+        browser.click("#fresh")
+        assert browser.js(f"return {articles}") == []
+        model.delay = 0.1
+        browser.type("#input", "Stop" + ENTER)
+        browser.wait("document.querySelector('.assistant p')")
+        browser.click("#stop")
+        browser.wait(f"{notes}.includes('stopped')")
+        model.delay = 0.0
+        assert browser.js("return document.getElementById('chats').length") == 2
+        browser.click("#delete")
+        assert len(browser.js(f"return {articles}")) == 4 and browser.js("return document.getElementById('chats').length") == 1
+
+        for width in (360, 1280):
+            browser.media(width, 700)
+            assert browser.js("return document.documentElement.scrollWidth") <= width
+        nameless = "e => !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length)"
+        assert browser.js(f"return [...document.querySelectorAll('button, input, select, textarea')].filter({nameless}).length") == 0
+        severe = [line["message"] for line in browser.call("/se/log", type="browser") if line["level"] == "SEVERE"]
+        assert all(" 401 " in line for line in severe), severe  # the one that made it ask for the key
+
+
 # -----------------------------------------------------------------------------
 # Benchmarks: `python test_all.py bench NAME`
 
