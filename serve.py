@@ -3,7 +3,7 @@ The chat page and an HTTP API in OpenAI's form, on the standard library's http.s
 
     python serve.py                                    # the last stage in out/, at http://127.0.0.1:8000
     python serve.py --stage=sft --port=8080
-    python serve.py --host=0.0.0.0                     # for the whole network: there is no password
+    ONESITTING_API_KEY=... python serve.py --host=0.0.0.0   # for the whole network, to those who have the key
 
     curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Who are you?"}]}'
     curl -N http://127.0.0.1:8000/v1/chat/completions -d '{"stream": true, "messages": [{"role": "user", "content": "Hi"}]}'
@@ -15,20 +15,38 @@ The chat page and an HTTP API in OpenAI's form, on the standard library's http.s
 
     GET  /                      the page
     POST /v1/chat/completions   messages, stream, stream_options, n, temperature, top_p, top_k, seed, stop,
-                                max_tokens or max_completion_tokens
+                                max_tokens or max_completion_tokens, logprobs, top_logprobs
+    POST /v1/completions        prompt (a string, a list of strings, a list of ids or of lists of ids), echo, logprobs (0 to 5),
+                                max_tokens (0 with echo, to score a text), and the rest as above
     GET  /v1/models             the one model there is; a request may name any
+    POST /tokenize, /detokenize and GET /tokenizer_info, in vLLM's form
     GET  /health                what is served, and how many answers run and wait
+    GET  /metrics               the same and more for Prometheus
+
+    lm_eval run --model local-completions --tasks arc_easy --batch_size 8 --model_args \
+        model=any,base_url=http://127.0.0.1:8000/v1/completions,tokenizer_backend=remote,max_length=512   # context: /health
 
 One thread, the worker, owns the engine. Each connection has a thread of its own, which reads the request,
 hands its answers to the worker and writes out what comes back on a queue; so every running answer advances
-in the same batched step, and a client that reads slowly, or sends half a request, holds up nobody else.
+in the same batched step, and a client that reads slowly, or sends half a request, holds up nobody else. Under load
+a streamed event brings several tokens. An echo with logprobs takes one uncached forward pass, between two steps.
 
 Beyond OpenAI's form: `top_k`; what the calculator did, as `parts` of a message ([{"type": "text" | "python" |
 "output", "text"}]) and, streamed, as `tool` ({"type", "text"}) beside an empty `content`. A message sent back
 with its `parts` is read with them. A conversation that outgrows the context loses its oldest exchanges, never
 its system message. max_tokens is an upper limit: one that the context cannot hold is cut down to what it can.
 
-Left out: TLS and passwords (put a proxy in front), and tools other than the model's own calculator.
+A chat's stop strings and logprobs concern its `content`: a calculation is no part of it, so a stop string may begin
+before one and end after it, and ends nothing within it. A completion is raw text, special tokens by name, the
+calculator's too; the token that ends it is listed among the logprobs but is no text. Text as a prompt gets <|bos|>
+before it, ids are taken as they are. Logprobs are those of the distribution sampled from, at the request's temperature
+(0 counts as 1) and before top_k and top_p; those of an echo are at temperature 1.
+
+With an API key all but the page and /health want it, as OpenAI's clients send it; the page asks for it once. An answer
+that outlasts --deadline ends as "length", one that could not begin by then gets 503.
+
+Left out: TLS (put a proxy in front), penalties and logit_bias, a chat template for remote tokenizers (text never
+becomes special tokens here: use the chat API), and tools other than the model's own calculator.
 """
 
 import hmac
@@ -917,7 +935,7 @@ PAGE = r"""<!doctype html>
   #send { background: var(--accent); border-color: var(--accent); color: var(--on); font-weight: 600 }
   details { margin-top: .45rem }
   summary { cursor: pointer; width: fit-content }
-  #knobs { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); gap: .6rem; margin-top: .4rem }
+  #knobs { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.3rem, 1fr)); gap: .6rem; margin-top: .4rem }
   #knobs input { display: block; width: 100%; padding: .3rem .6rem; color: var(--text) }
   #editing { margin-bottom: .4rem }
 </style>
@@ -941,7 +959,7 @@ PAGE = r"""<!doctype html>
 </main>
 <form id="form">
   <div id="editing" class="row" hidden><span>Sending this replaces what follows the message.</span>
-    <button id="keep" type="button">Keep it as it is</button></div>
+    <button id="keep" type="button" aria-label="Do not edit">Cancel</button></div>
   <div class="row">
     <textarea id="input" rows="1" aria-label="Your message" placeholder="Write a message" enterkeyhint="send"></textarea>
     <button id="send">Send</button>
@@ -1155,7 +1173,7 @@ function grow() {
   $("input").style.height = `${$("input").scrollHeight + 2}px`;
 }
 
-$("input").oninput = grow;
+$("input").oninput = onresize = grow;
 $("input").onkeydown = event => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();

@@ -2578,8 +2578,10 @@ def test_page_in_a_browser(untrained):
         assert browser.js(f"return {articles}") == ["user:Hi & <i>you</i>", reply]
         assert browser.js("return document.querySelector('.tool').textContent") == "Calculator6*7 = 42"
         assert browser.js("return document.querySelectorAll('#log p *, #log i').length") == 0  # text never becomes markup
-        assert "Keep it" not in browser.js("return document.body.innerText")
+        assert "Cancel" not in browser.js("return document.body.innerText")
 
+        browser.click("[aria-label='Copy this message']")
+        browser.wait("document.querySelector('.acts button').textContent === 'Copied'")
         browser.click("[aria-label='Answer again']")
         browser.wait(f"{notes}.length == 1 && !document.querySelector('[aria-busy]')")
         browser.click("[aria-label^='Edit this']")
