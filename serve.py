@@ -3,7 +3,7 @@ The chat page and an HTTP API in OpenAI's form, on the standard library's http.s
 
     python serve.py                                    # the last stage in out/, at http://127.0.0.1:8000
     python serve.py --stage=sft --port=8080
-    python serve.py --host=0.0.0.0                     # for the whole network: there is no password
+    ONESITTING_API_KEY=... python serve.py --host=0.0.0.0   # for the whole network, to those who have the key
 
     curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Who are you?"}]}'
     curl -N http://127.0.0.1:8000/v1/chat/completions -d '{"stream": true, "messages": [{"role": "user", "content": "Hi"}]}'
@@ -15,20 +15,38 @@ The chat page and an HTTP API in OpenAI's form, on the standard library's http.s
 
     GET  /                      the page
     POST /v1/chat/completions   messages, stream, stream_options, n, temperature, top_p, top_k, seed, stop,
-                                max_tokens or max_completion_tokens
+                                max_tokens or max_completion_tokens, logprobs, top_logprobs
+    POST /v1/completions        prompt (a string, a list of strings, a list of ids or of lists of ids), echo, logprobs (0 to 5),
+                                max_tokens (0 with echo, to score a text), and the rest as above
     GET  /v1/models             the one model there is; a request may name any
+    POST /tokenize, /detokenize and GET /tokenizer_info, in vLLM's form
     GET  /health                what is served, and how many answers run and wait
+    GET  /metrics               the same and more for Prometheus
+
+    lm_eval run --model local-completions --tasks arc_easy --batch_size 8 --model_args \
+        model=any,base_url=http://127.0.0.1:8000/v1/completions,tokenizer_backend=remote,max_length=512   # context: /health
 
 One thread, the worker, owns the engine. Each connection has a thread of its own, which reads the request,
 hands its answers to the worker and writes out what comes back on a queue; so every running answer advances
-in the same batched step, and a client that reads slowly, or sends half a request, holds up nobody else.
+in the same batched step, and a client that reads slowly, or sends half a request, holds up nobody else. Under load
+a streamed event brings several tokens. An echo with logprobs takes one uncached forward pass, between two steps.
 
 Beyond OpenAI's form: `top_k`; what the calculator did, as `parts` of a message ([{"type": "text" | "python" |
 "output", "text"}]) and, streamed, as `tool` ({"type", "text"}) beside an empty `content`. A message sent back
 with its `parts` is read with them. A conversation that outgrows the context loses its oldest exchanges, never
 its system message. max_tokens is an upper limit: one that the context cannot hold is cut down to what it can.
 
-Left out: TLS and passwords (put a proxy in front), and tools other than the model's own calculator.
+A chat's stop strings and logprobs concern its `content`: a calculation is no part of it, so a stop string may begin
+before one and end after it, and ends nothing within it. A completion is raw text, special tokens by name, the
+calculator's too; the token that ends it is listed among the logprobs but is no text. Text as a prompt gets <|bos|>
+before it, ids are taken as they are. Logprobs are those of the distribution sampled from, at the request's temperature
+(0 counts as 1) and before top_k and top_p; those of an echo are at temperature 1.
+
+With an API key all but the page and /health want it, as OpenAI's clients send it; the page asks for it once. An answer
+that outlasts --deadline ends as "length", one that could not begin by then gets 503.
+
+Left out: TLS (put a proxy in front), penalties and logit_bias, a chat template for remote tokenizers (text never
+becomes special tokens here: use the chat API), and tools other than the model's own calculator.
 """
 
 import hmac
@@ -881,19 +899,20 @@ PAGE = r"""<!doctype html>
     --line: #3a3c3b; --mine: #263b31; --accent: #7cc7a0; --on: #10231a;
   } }
   * { box-sizing: border-box }
-  [hidden] { display: none }
+  [hidden] { display: none !important }
   body { margin: 0; height: 100dvh; display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) }
   body { background: var(--back); color: var(--text); font: 16px/1.55 system-ui, sans-serif }
   header, #log, form { padding: .7rem max(1rem, 50% - 23rem) }
-  header, .row { display: flex; gap: .5rem; align-items: center }
+  header, .row, .acts { display: flex; gap: .5rem; align-items: center }
   h1 { font-size: 1.05rem; margin: 0 auto 0 0 }
   p { margin: 0 }
-  button, select, textarea { font: inherit; color: inherit; background: var(--panel) }
-  button, select, textarea { border: 1px solid var(--line); border-radius: .6rem; padding: .5rem .8rem }
+  button, select, textarea, input { font: inherit; color: inherit; background: var(--panel) }
+  button, select, textarea, input { border: 1px solid var(--line); border-radius: .6rem; padding: .5rem .8rem }
   button { cursor: pointer; white-space: nowrap }
   button:hover, select:hover { border-color: var(--accent) }
   :focus-visible { outline: 2px solid var(--accent); outline-offset: -1px }
   select { width: 12rem; min-width: 0; text-overflow: ellipsis }
+  @media (max-width: 30rem) { h1 { display: none } select { flex: 1 } }
   main { position: relative }
   #log { height: 100%; overflow-y: auto; border-block: 1px solid var(--line) }
   article { margin-bottom: 1.1rem; white-space: pre-wrap; overflow-wrap: anywhere }
@@ -902,15 +921,23 @@ PAGE = r"""<!doctype html>
   .tool { width: fit-content; margin: .25rem 0 .4rem; padding: .3rem .7rem; font: .88rem/1.5 ui-monospace, monospace }
   .tool { background: var(--panel); border: 1px solid var(--line); border-left: 3px solid var(--accent); border-radius: .4rem }
   .tool b { font: 600 .8rem/1 system-ui, sans-serif; color: var(--faint); margin-right: .6rem }
-  .note, label { color: var(--faint); font-size: .88rem }
-  [aria-busy=true] > :last-child::after { content: "▍"; color: var(--accent) }
+  .note, label, summary, #editing, .acts button { color: var(--faint); font-size: .84rem }
+  .acts { gap: .2rem; flex-wrap: wrap; margin-top: .2rem }
+  .acts button { background: none; border-color: transparent; padding: .15rem .5rem }
+  .acts button:first-child { margin-left: -.5rem }
+  .acts button:hover { border-color: var(--line); color: var(--text) }
+  [aria-busy=true] .acts { display: none }
+  [aria-busy=true] > :nth-last-child(2)::after { content: "▍"; color: var(--accent) }
   #welcome { position: absolute; inset: 12vh 1rem auto; text-align: center; color: var(--faint) }
   #welcome button { margin: .8rem .15rem 0; border-radius: 1.4rem; color: var(--text); white-space: normal }
   #log:not(:empty) + #welcome { display: none }
   textarea { flex: 1; resize: none; max-height: 35vh }
   #send { background: var(--accent); border-color: var(--accent); color: var(--on); font-weight: 600 }
-  label { display: flex; gap: .5rem; align-items: center; margin-top: .45rem }
-  input { accent-color: var(--accent) }
+  details { margin-top: .45rem }
+  summary { cursor: pointer; width: fit-content }
+  #knobs { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.3rem, 1fr)); gap: .6rem; margin-top: .4rem }
+  #knobs input { display: block; width: 100%; padding: .3rem .6rem; color: var(--text) }
+  #editing { margin-bottom: .4rem }
 </style>
 </head>
 <body>
@@ -918,6 +945,7 @@ PAGE = r"""<!doctype html>
   <h1>onesitting</h1>
   <select id="chats" aria-label="Conversations"></select>
   <button id="fresh">New chat</button>
+  <button id="delete" aria-label="Delete this chat">Delete</button>
 </header>
 <main>
   <div id="log" role="log" aria-label="Messages" tabindex="0"></div>
@@ -930,12 +958,23 @@ PAGE = r"""<!doctype html>
   </div>
 </main>
 <form id="form">
+  <div id="editing" class="row" hidden><span>Sending this replaces what follows the message.</span>
+    <button id="keep" type="button" aria-label="Do not edit">Cancel</button></div>
   <div class="row">
     <textarea id="input" rows="1" aria-label="Your message" placeholder="Write a message" enterkeyhint="send"></textarea>
     <button id="send">Send</button>
     <button id="stop" type="button" hidden>Stop</button>
   </div>
-  <label>Temperature <input id="heat" type="range" min="0" max="1.5" step="0.1"> <output id="shown"></output></label>
+  <details>
+    <summary>Settings</summary>
+    <div id="knobs">
+      <label>Temperature <input name="temperature" type="number" min="0" max="2" step="0.1" value="0.6"></label>
+      <label>Top-k, 0 is all <input name="top_k" type="number" min="0" step="1" value="0"></label>
+      <label>Top-p <input name="top_p" type="number" min="0" max="1" step="0.05" value="1"></label>
+      <label>Longest answer <input name="max_tokens" type="number" min="1" step="1" value="256"></label>
+      <label>Seed <input name="seed" type="number" step="1" placeholder="random"></label>
+    </div>
+  </details>
 </form>
 <script>
 "use strict";
@@ -944,6 +983,7 @@ let disk = {};
 try { disk = localStorage } catch { }  // where the browser forbids it, a chat lasts as long as the page
 let chat = null;  // {key, messages}: the conversation on screen; a key each on the disk, so that two tabs do not collide
 let running = null;  // AbortController of the answer under way
+let edited = -1;  // place of the message that is being written anew
 
 function element(tag, kind, text) {
   const made = document.createElement(tag);
@@ -958,16 +998,29 @@ function read(key) {
 
 function open(key) {
   running?.abort();
+  edit(-1, "");
   chat = read(key || `onesitting chat ${Date.now()}`);
   disk["onesitting open"] = chat.key;
   if (chat.messages.at(-1)?.role === "user") $("input").value = chat.messages.pop().content;  // left before its answer came
+  redraw();
+}
+
+function redraw() {
   $("log").replaceChildren();
   chat.messages.forEach(show);
   update();
 }
 
+function edit(place, text) {
+  edited = place;
+  $("editing").hidden = place < 0;
+  $("input").value = text;
+  grow();
+  $("input").focus();
+}
+
 function save(chat) {
-  try { disk[chat.key] = JSON.stringify(chat.messages) } catch { }  // a full disk must not end the conversation
+  try { if (!chat.gone) disk[chat.key] = JSON.stringify(chat.messages) } catch { }  // a full disk must not end the conversation
   update();
 }
 
@@ -990,7 +1043,26 @@ function show(message) {
   return item;
 }
 
-function fill(item, {role, content, parts, note}) {
+function act(name, label, action) {
+  const button = element("button", "", name);
+  button.setAttribute("aria-label", label);
+  button.onclick = () => action(button);
+  return button;
+}
+
+async function copy(button, text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+  } catch {  // browsers give the clipboard to localhost and https alone
+    getSelection().selectAllChildren(button.closest("article"));
+    button.textContent = document.execCommand("copy") ? "Copied" : "Not allowed";
+  }
+  setTimeout(() => button.textContent = "Copy", 1500);
+}
+
+function fill(item, message) {
+  const {role, content, parts, note} = message;
   const shown = [element("h2", "", role === "user" ? "You" : "onesitting")];
   for (const {type, text} of parts || [{type: "text", text: content}]) {
     if (type === "text") shown.push(element("p", "", text.trim()));
@@ -1000,8 +1072,19 @@ function fill(item, {role, content, parts, note}) {
     }
     if (type === "output") shown.at(-1).append(` = ${text.trim()}`);
   }
-  if (note) shown.push(element("p", "note", note));
-  item.replaceChildren(...shown);
+  const acts = element("div", "acts", ""), place = () => chat.messages.indexOf(message);
+  acts.append(act("Copy", "Copy this message", button => copy(button, content.trim())));
+  if (role === "user") acts.append(act("Edit", "Edit this message and send it again", () => running || edit(place(), content)));
+  else acts.append(act("Regenerate", "Answer again", () => running || again(place() - 1)));
+  if (note) acts.append(element("span", "note", note));
+  item.replaceChildren(...shown, acts);
+}
+
+function again(place) {
+  const text = chat.messages[place]?.content ?? $("input").value.trim();  // a question without an answer went back there
+  if (place >= 0) chat.messages.splice(place);
+  redraw();
+  send(text);
 }
 
 async function* events(response) {
@@ -1019,35 +1102,60 @@ async function* events(response) {
   }
 }
 
+async function ask(body, signal) {
+  const headers = {"Content-Type": "application/json"};
+  if (disk["onesitting key"]) headers.Authorization = `Bearer ${disk["onesitting key"]}`;
+  const response = await fetch("/v1/chat/completions", {method: "POST", headers, body, signal});
+  if (response.status !== 401) return response;
+  const key = prompt("This server asks for its API key. The browser keeps it.");
+  if (!key) return response;
+  disk["onesitting key"] = key;
+  return ask(body, signal);
+}
+
 async function send(text) {
   if (running || !text) return;
+  if (edited >= 0) {
+    chat.messages.splice(edited);
+    edit(-1, "");
+    redraw();
+  }
   const mine = chat, here = running = new AbortController();  // another chat may be on screen before this one's answer ends
   mine.messages.push({role: "user", content: text});
   show(mine.messages.at(-1));
   $("input").value = "";
   grow();
-  const body = JSON.stringify({messages: mine.messages.slice(-99), stream: true, temperature: Number($("heat").value)});
+  const given = [...document.querySelectorAll("#knobs input")].filter(knob => knob.value !== "");  // an empty seed is random
+  const knobs = Object.fromEntries(given.map(knob => [knob.name, Number(knob.value)]));
+  const body = JSON.stringify({messages: mine.messages.slice(-99), stream: true, stream_options: {include_usage: true}, ...knobs});
+  const start = performance.now();
   const reply = {role: "assistant", content: "", parts: []}, item = show(reply);
   item.setAttribute("aria-busy", "true");  // so that it is read aloud when it is whole
   save(mine);
   try {
-    const response = await fetch("/v1/chat/completions", {method: "POST", body, signal: here.signal});
+    const response = await ask(body, here.signal);
     if (!response.ok) throw Error((await response.json()).error.message);
-    for await (const {error, choices} of events(response)) {
+    let cut = "";
+    for await (const {error, choices, usage} of events(response)) {
       if (error) throw Error(error.message);
+      if (usage) {
+        const count = usage.completion_tokens, rate = count / (performance.now() - start) * 1000;
+        reply.note = `${count} tokens, ${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s${cut}`;
+        continue;
+      }
       const {delta, finish_reason} = choices[0];
       const piece = delta.tool || {type: "text", text: delta.content || ""};
       if (piece.text && reply.parts.at(-1)?.type !== piece.type) reply.parts.push({type: piece.type, text: ""});
       if (piece.text) reply.parts.at(-1).text += piece.text;
       reply.content += delta.content || "";
-      if (finish_reason === "length") reply.note = "(the longest answer ends here)";
+      if (finish_reason === "length") cut = ", cut off at the longest answer";
       const atEnd = $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 60;
       fill(item, reply);
       if (atEnd) $("log").scrollTop = $("log").scrollHeight;  // who has scrolled up to read stays there
     }
-    if (!reply.parts.length) reply.note = "(an empty answer)";
+    if (!reply.parts.length) reply.note = "an empty answer";
   } catch (error) {
-    reply.note = here.signal.aborted ? "(stopped)" : `(no answer: ${error.message})`;
+    reply.note = here.signal.aborted ? "stopped" : `no answer: ${error.message}`;
     if (!here.signal.aborted && !reply.parts.length) {  // the question goes back to where it was written
       mine.messages.pop();
       if (mine === chat && !$("input").value) $("input").value = text;
@@ -1065,7 +1173,7 @@ function grow() {
   $("input").style.height = `${$("input").scrollHeight + 2}px`;
 }
 
-$("input").oninput = grow;
+$("input").oninput = onresize = grow;
 $("input").onkeydown = event => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
@@ -1073,12 +1181,24 @@ $("input").onkeydown = event => {
 };
 $("form").onsubmit = event => { event.preventDefault(); send($("input").value.trim()) };
 $("stop").onclick = () => running.abort();
+$("keep").onclick = () => edit(-1, "");
 $("fresh").onclick = () => open("");
+$("delete").onclick = () => {
+  chat.gone = true;  // also for an answer under way, which would save it again
+  delete disk[chat.key];
+  open(Object.keys(disk).filter(key => key.startsWith("onesitting chat ")).sort().at(-1));
+};
 $("chats").onchange = () => open($("chats").value);
+document.onkeydown = event => {
+  if (event.key !== "Escape") return;
+  if (running) running.abort();
+  else if (edited >= 0) edit(-1, "");
+};
 for (const button of document.querySelectorAll("#welcome button")) button.onclick = () => send(button.textContent);
-$("heat").oninput = () => { disk["onesitting heat"] = $("shown").textContent = $("heat").value };
-$("heat").value = disk["onesitting heat"] || 0.6;
-$("heat").oninput();
+for (const knob of document.querySelectorAll("#knobs input")) {
+  knob.value = disk[`onesitting ${knob.name}`] ?? knob.value;
+  knob.onchange = () => { disk[`onesitting ${knob.name}`] = knob.value };
+}
 open(disk["onesitting open"]);
 </script>
 </body>

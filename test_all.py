@@ -4,7 +4,7 @@ Every test of the system, and its benchmarks.
     python -m pytest -q test_all.py             # all of them, a few minutes on two cores
     python -m pytest -q test_all.py -k muon     # some of them
     python test_all.py                          # the same as the first
-    python test_all.py bench tok                # or train, decode: prints a table
+    python test_all.py bench tok                # or train, decode, serve: prints a table
 
 Libraries are tested by import, stages as people run them: as processes of their own, on a tiny model. In reading
 order: tokenizer, model, optimizer, data, engine, evaluations, stages, server.
@@ -2562,6 +2562,140 @@ def test_serve_port_in_use(server, untrained):
     assert done.stderr.count("\n") == 1 and f"127.0.0.1:{port}" in done.stderr
 
 
+class Browser:
+    """A headless Chromium, driven through chromedriver's HTTP interface (W3C WebDriver)."""
+
+    def __enter__(self):
+        self.driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
+        port = next(found[1] for line in self.driver.stdout if (found := re.search(r"successfully on port (\d+)", line)))
+        self.base = f"http://127.0.0.1:{port}/session"
+        options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}, "unhandledPromptBehavior": "ignore"}
+        self.base += "/" + self.call("", capabilities={"alwaysMatch": wanted})["sessionId"]
+        return self
+
+    def __exit__(self, *_):
+        requests.delete(self.base, timeout=20)
+        self.driver.terminate()
+        self.driver.wait()
+
+    def call(self, path, **body):
+        response = requests.post(self.base + path, json=body, timeout=30).json()
+        assert not isinstance(response["value"], dict) or "error" not in response["value"], response
+        return response["value"]
+
+    def js(self, script, *args):
+        return self.call("/execute/sync", script=script, args=args)
+
+    def wait(self, condition, seconds=10):
+        end = time.monotonic() + seconds
+        while not (value := self.js(f"return {condition}")):
+            assert time.monotonic() < end, (condition, self.js("return document.body.innerText"))
+            time.sleep(0.03)
+        return value
+
+    def element(self, css):
+        return "/element/" + [*self.call("/element", using="css selector", value=css).values()][0]
+
+    def click(self, css):
+        self.call(self.element(css) + "/click")
+
+    def type(self, css, text):
+        self.call(self.element(css) + "/value", text=text)
+
+    def media(self, width, height, scheme="light"):
+        for cmd, params in (
+            ("Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}),
+            ("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}),
+        ):
+            self.call("/goog/cdp/execute", cmd=cmd, params=params)
+
+
+class Chained(torch.nn.Module):
+    """Stands in for a model: the next token follows from the last one alone, up to the turn's end."""
+
+    def __init__(self, cfg, ids):
+        super().__init__()
+        self.cfg, self.dtype, self.embed, self.delay = cfg, torch.float32, torch.nn.Embedding(1, 1), 0.0
+        self.next = dict(zip(ids, ids[1:]))
+
+    def forward(self, ids, cache=None, pos=None, fill=False):
+        time.sleep(self.delay)
+        logits = torch.zeros(*ids.shape, self.cfg.vocab_size)
+        for row, last in zip(logits, ids[:, -1].tolist()):
+            row[-1, self.next.get(last, 0)] = 99.0
+        return logits
+
+
+ENTER = "\ue007"
+
+
+@pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")), reason="no chromium with chromedriver on this machine")
+def test_page_in_a_browser(untrained):
+    with serving(untrained, api_key="sesame") as (url, server), Browser() as browser:
+        engine, asked = server.worker.engine, []
+        s = engine.tokenizer.special
+        call = [s("<|python_start|>"), *b"6*7", s("<|python_end|>"), s("<|output_start|>"), *b"42", s("<|output_end|>")]
+        engine.model = model = Chained(engine.model.cfg, [s("<|assistant_start|>"), *b"<b>It", *call, *b" done.", s("<|assistant_end|>")])
+        begin = server.worker.begin
+        server.worker.begin = lambda answers: (asked.extend(answers), begin(answers))
+        notes = "[...document.querySelectorAll('.note')].map(note => note.textContent)"
+        articles = "[...document.querySelectorAll('article')].map(a => a.className + ':' + [...a.querySelectorAll('p')].map(p => p.textContent))"
+        reply = "assistant:<b>It,done."
+
+        browser.call("/url", url=url)
+        browser.type("#input", "Hi & <i>you</i>" + ENTER)  # the server asks for its key, once
+        browser.call("/alert/text", text="sesame")
+        browser.call("/alert/accept")
+        browser.wait(f"/^21 tokens, [0-9.]+ tokens.s$/.test({notes}.at(-1))")
+        assert browser.js(f"return {articles}") == ["user:Hi & <i>you</i>", reply]
+        assert browser.js("return document.querySelector('.tool').textContent") == "Calculator6*7 = 42"
+        assert browser.js("return document.querySelectorAll('#log p *, #log i').length") == 0  # text never becomes markup
+        assert "Cancel" not in browser.js("return document.body.innerText")
+
+        browser.click("[aria-label='Copy this message']")
+        browser.wait("document.querySelector('.acts button').textContent === 'Copied'")
+        browser.click("[aria-label='Answer again']")
+        browser.wait(f"{notes}.length == 1 && !document.querySelector('[aria-busy]')")
+        browser.click("[aria-label^='Edit this']")
+        assert browser.js("return document.getElementById('input').value") == "Hi & <i>you</i>"
+        browser.js("document.getElementById('input').value = ''")
+        browser.type("#input", "Again" + ENTER)
+        browser.wait(f"{notes}.length == 1 && !document.querySelector('[aria-busy]')")
+        assert browser.js(f"return {articles}") == ["user:Again", reply]
+
+        browser.click("summary")
+        for name, value in (("temperature", "0"), ("seed", "7"), ("top_k", "5"), ("top_p", "0.5"), ("max_tokens", "9")):
+            browser.js(f"document.querySelector('[name={name}]').value = ''")
+            browser.type(f"[name={name}]", value)
+        browser.type("#input", "More" + ENTER)
+        browser.wait(f"{notes}.at(-1).startsWith('9 tokens') && {notes}.at(-1).includes('cut off')")
+        assert asked[-1].params == Params(max_tokens=9, temperature=0, top_k=5, top_p=0.5, seed=7)
+        assert len({answer.params.seed for answer in asked[:3]}) == 3  # an empty seed is random
+
+        browser.call("/refresh")  # all is still there
+        assert len(browser.js(f"return {articles}")) == 4 and browser.js("return document.querySelector('[name=seed]').value") == "7"
+        browser.click("#fresh")
+        assert browser.js(f"return {articles}") == []
+        model.delay = 0.1
+        browser.type("#input", "Stop" + ENTER)
+        browser.wait("document.querySelector('.assistant p')")
+        browser.click("#stop")
+        browser.wait(f"{notes}.includes('stopped')")
+        model.delay = 0.0
+        assert browser.js("return document.getElementById('chats').length") == 2
+        browser.click("#delete")
+        assert len(browser.js(f"return {articles}")) == 4 and browser.js("return document.getElementById('chats').length") == 1
+
+        for width in (360, 1280):
+            browser.media(width, 700)
+            assert browser.js("return document.documentElement.scrollWidth") <= width
+        nameless = "e => !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length)"
+        assert browser.js(f"return [...document.querySelectorAll('button, input, select, textarea')].filter({nameless}).length") == 0
+        severe = [line["message"] for line in browser.call("/se/log", type="browser") if line["level"] == "SEVERE"]
+        assert all(" 401 " in line for line in severe), severe  # the one that made it ask for the key
+
+
 # -----------------------------------------------------------------------------
 # Benchmarks: `python test_all.py bench NAME`
 
@@ -2717,6 +2851,51 @@ def bench_decode():
         count = sum(len(r.ids) for r in generate())  # chance is keyed: every run gives the same tokens
         what = f"of {low} tokens" if low == high else f"of {low} to {high} tokens, all different"
         print(f"depth {depth}, {concurrent:2} prompts {what}: {count / best(generate, 5):10,.0f} tokens/s", flush=True)
+
+
+def stream_from(url, i, tokens):
+    """One client of bench_serve: (seconds to the first token, seconds to the last, tokens received)."""
+    body = {"prompt": [[i % 256] * 20], "max_tokens": tokens, "seed": i, "stream": True, "stream_options": {"include_usage": True}}
+    body, start, first, last = json.dumps(body).encode(), time.perf_counter(), 0.0, b""
+    with connect(url) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        while b"data: [DONE]" not in last:
+            last = last[-500:] + client.recv(1 << 16)
+            if not first and b"data: " in last:
+                first = time.perf_counter() - start
+    return first, time.perf_counter() - start, int(re.search(rb'"completion_tokens": (\d+)', last)[1])
+
+
+def bench_serve(clients=32, tokens=100):
+    """Tokens a second of many clients that stream through HTTP, beside the engine's own; time to the first token."""
+    threads = max(1, os.cpu_count() // 2)  # the rest is for the clients, which would be on other machines
+    machine = gpt.start_machine(threads=threads)
+    depth = 20 if machine.device.type == "cuda" else 4
+    tokenizer = Tokenizer.train(data.demo_texts(1), 2048, SPECIALS)
+    model = GPT(GPTConfig.from_depth(depth, tokenizer.vocab_size, 512), machine.dtype).init(1)
+    with tempfile.TemporaryDirectory() as out:
+        tokenizer.save(f"{out}/tokenizer")
+        gpt.save_checkpoint(f"{out}/base", 0, model, None, machine, {"stage": "base", "config": {}, "tokenizer": data.tokenizer_hash(out)})
+        engine = load_engine(Config(out=out), machine, clients)[0]
+        prompts = [[i % 256] * 20 for i in range(clients)]
+        params = [Params(max_tokens=tokens, temperature=1.0, seed=i) for i in range(clients)]
+        count, engine_time, best_round = sum(len(r.ids) for r in engine.generate(prompts, params)), math.inf, (math.inf, [])
+        command = [sys.executable, "serve.py", f"--out={out}", "--port=0", f"--slots={clients}", f"--threads={threads}"]
+        with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process, ThreadPoolExecutor(clients) as pool:
+            url = next(found[1] for line in process.stdout if (found := re.match(r"(http://\S+)/ serves", line)))
+            for _ in range(5):  # in turns, so that both meet the same machine; the fastest of each counts
+                engine_time = min(engine_time, best(lambda: engine.generate(prompts, params), 1))
+                start = time.perf_counter()
+                runs = list(pool.map(lambda i: stream_from(url, i, tokens), range(clients)))
+                best_round = min(best_round, (time.perf_counter() - start, runs))
+                assert sum(n for _, _, n in runs) == count  # chance is keyed: the server gives the same tokens
+            process.terminate()
+    spent, runs = best_round
+    firsts = sorted(first for first, _, _ in runs)
+    rates = [(n - 1) / (last - first) for first, last, n in runs if n > tokens / 2]  # who ends early has little to measure
+    print(f"depth {depth}, {clients} clients: {count / spent:,.0f} tokens/s, {engine_time / spent:.0%} of the engine's {count / engine_time:,.0f}")
+    print(f"first token after {firsts[len(firsts) // 2] * 1000:.0f} ms at the median, {firsts[-1] * 1000:.0f} ms at worst")
+    print(f"each client gets from {min(rates):.0f} to {max(rates):.0f} tokens/s")
 
 
 if __name__ == "__main__":
