@@ -5,7 +5,10 @@ tasks with their graders, and the demo world.
     python data.py demo --split=test --seed=7          # fresh items of every task of the demo world
     python data.py encode "Hello, 你好" --out=out       # how a text becomes pieces, ids and bytes
     python data.py prepare --data=FOLDER --out=out     # tokenizer and shards alone, without training
-    python data.py prepare --help                      # each of the three has knobs of its own
+    python data.py download --shards=4 --out=text      # ClimbMix; then --data=text/train --val_data=text/val
+    python data.py download --source=tinystories --out=stories
+    python data.py download --source=core --out=files  # and mmlu, gsm8k, humaneval, slimorca, ultrachat, oasst2, dolly
+    python data.py prepare --help                      # each of the four has knobs of its own
 
 Text is a file or folder of .txt, .jsonl or .json (field `text`), each also as .gz, or .parquet where pyarrow is
 installed. Conversations are .jsonl with `messages`. Token shards have the layout that llm.c and modded-nanogpt
@@ -18,6 +21,8 @@ of the demo is taught, edit `exchange`.
 """
 
 import bisect
+import codecs
+import email.utils
 import functools
 import gzip
 import hashlib
@@ -26,17 +31,23 @@ import json
 import os
 import random
 import re
+import shutil
+import tarfile
+import threading
 import time
 import zipfile
 import zlib
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
+import requests
 import torch
 from tok import PATTERN, Tokenizer
 
-from gpt import command, override, write_whole
+from gpt import command, lock_folder, override, start_machine, write_whole
 
 # -----------------------------------------------------------------------------
 # Tokenizer: the special tokens take the last ids, in this order; a new one takes the next spare's place
@@ -83,6 +94,8 @@ def adopt_tokenizer(cfg, machine):
 def text_files(path, kinds=("txt", "jsonl", "json", "parquet")):
     """The files of these kinds under a path, sorted by name."""
     path, known = Path(path), ", ".join(f".{kind}" for kind in kinds)
+    if not path.exists() and path.name in SOURCES:
+        raise SystemExit(f"first `python data.py download --source={path.name} --out=DIR`, then --data=DIR/train --val_data=DIR/val")
     if not path.exists():
         raise SystemExit(f"{path} does not exist; --data wants a file or folder of {known}, also as .gz")
     files = [path] if path.is_file() else sorted(f for k in kinds for end in ("", ".gz") for f in path.rglob(f"*.{k}{end}"))
@@ -138,18 +151,25 @@ def read_file(file):
             yield text_field(item, where)
     elif kind == "parquet":
         yield from read_parquet(file)
-    else:
+    elif kind == "json":
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
             content = f.read()
-        if kind == "json":
-            try:
-                items = json.loads(content)
-            except json.JSONDecodeError as error:
-                raise SystemExit(f"{file} is not JSON: {error}")
-            for number, item in enumerate(items if isinstance(items, list) else [items]):
-                yield text_field(item, f"{file} item {number}")
-        else:
-            yield from content.split("<|endoftext|>")
+        try:
+            items = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise SystemExit(f"{file} is not JSON: {error}")
+        for number, item in enumerate(items if isinstance(items, list) else [items]):
+            yield text_field(item, f"{file} item {number}")
+    else:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
+            begun = []  # the pieces of a document whose end is still to come
+            while block := f.read(2**22) + f.readline():  # up to a line's end, so that no <|endoftext|> is torn
+                first, *others = block.split("<|endoftext|>")
+                begun.append(first)
+                for text in others:
+                    yield "".join(begun)
+                    begun = [text]
+            yield "".join(begun)
 
 
 def read_parquet(file):
@@ -173,6 +193,366 @@ def text_field(item, where):
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise SystemExit(f"{where}: wanted an object with a string field `text`, got {ascii(item)[:60]}")
+
+
+# -----------------------------------------------------------------------------
+# Download: a file is there whole or not at all, and the same command goes on from what there is
+
+HF, RAW = "https://huggingface.co/datasets/", "https://raw.githubusercontent.com/"
+CLIMBMIX = [f"{HF}OptimalScale/ClimbMix/resolve/main/part_{i}.jsonl" for i in range(100)]
+C4 = HF + "allenai/c4/resolve/main/en/c4-{}.{:05}-of-{:05}.json.gz"
+STORIES, GSM8K = HF + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-", RAW + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c"
+PUBLIC = {  # word for --source: (file under --out, URL, sha256 where known) of each of its files
+    "tinystories": [("train/tinystories.txt", f"{STORIES}train.txt", ""), ("val/tinystories.txt", f"{STORIES}valid.txt", "")],
+    "gsm8k": [
+        ("gsm8k_train.jsonl", f"{GSM8K}/grade_school_math/data/train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+        ("gsm8k_test.jsonl", f"{GSM8K}/grade_school_math/data/test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+    ],
+    "core": [
+        (
+            "eval_bundle.zip",
+            "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip",
+            "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200",
+        )
+    ],
+    "mmlu": [("mmlu.tar", f"{HF}cais/mmlu/resolve/main/data.tar", "bec563ba4bac1d6aaf04141cd7d1605d7a5ca833e38f994051e818489592989b")],
+    "humaneval": [("HumanEval.jsonl.gz", RAW + "openai/human-eval/master/data/HumanEval.jsonl.gz", "")],
+    "slimorca": [("slimorca.jsonl", f"{HF}Open-Orca/SlimOrca/resolve/main/oo-labeled_correct.gpt4.sharegpt.jsonl", "")],
+    "ultrachat": [(f"ultrachat_{i}.jsonl", f"{HF}stingning/ultrachat/resolve/main/train_{i}.jsonl", "") for i in range(10)],
+    "oasst2": [
+        (
+            "oasst2.jsonl.gz",
+            f"{HF}OpenAssistant/oasst2/resolve/179dd21fc55192153d94adb0e0ce8f69e222bf75/2023-11-05_oasst2_ready.trees.jsonl.gz",
+            "7a886a16ccfc1173c4f00a6897523e3c95b2785a86ee44a18a98f4f2807ee29b",
+        )
+    ],
+    "dolly": [("dolly.jsonl", f"{HF}databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl", "")],
+}
+SOURCES = ["climbmix", "c4", *PUBLIC]
+FETCHERS = 8  # requests at once
+
+
+class Fault(Exception):
+    """A reply that cannot be used; the next one may be better."""
+
+
+class Unusable(Exception):
+    """What a host sends cannot be used, however often it is asked."""
+
+
+class Fetcher:
+    """Fetches byte ranges of URLs into files. Threads share one.
+
+    mirror    stands before the host's name: https://host/path is asked for as mirror/host/path
+    wait      seconds before the first repetition, doubled up to a minute; what a host asks for goes first
+    patience  seconds without a byte after which a connection is given up
+    """
+
+    RETRIES = 8  # in a row, without a new byte between them
+
+    def __init__(self, mirror="", wait=1.0, patience=60.0):
+        self.mirror, self.wait, self.patience = mirror.rstrip("/"), wait, patience
+        self.session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=FETCHERS))
+        self.links = {}  # URL: the signed link that its host led to, reused until it is refused
+        self.not_before = 0.0  # when a host that was asked too often may be asked again
+        self.stop, self.count = threading.Event(), threading.Lock()
+        self.received, self.expected = 0, {}  # bytes so far; of each thing that was begun, the bytes it has in all
+
+    def rest(self, seconds):
+        if self.stop.wait(seconds):
+            raise Unusable("stopped")
+
+    def ask(self, url, first, last):
+        """One request for bytes first..last: a reply of status 200, 206 or 416, whose body is still to be read."""
+        while (pause := self.not_before - time.time()) > 0:
+            self.rest(pause + random.random() * self.wait)  # not all at once
+        link = self.links.get(url) or (f"{self.mirror}/{url.split('://', 1)[1]}" if self.mirror else url)
+        # without `identity`, some hosts compress on the way, and lengths mean nothing
+        headers = {"Range": f"bytes={first}-{'' if last is None else last}", "Accept-Encoding": "identity"}
+        reply = self.session.get(link, headers=headers, stream=True, timeout=(10, self.patience))
+        status = reply.status_code
+        if status in (200, 206, 416):
+            if reply.history:
+                self.links[url] = reply.url
+            if reply.headers.get("Content-Encoding", "identity") != "identity":
+                raise Fault("the body is compressed on the way")
+            return reply
+        reply.close()
+        refused = self.links.pop(url, None) and 400 <= status < 500  # a signed link that has expired: ask for another
+        if status in (429, 503) and (seconds := retry_after(reply.headers)):
+            if time.time() + seconds > self.not_before + 1:
+                print(f"  {url.split('/')[2]} asks to wait for {seconds:.0f} s", flush=True)
+            self.not_before = max(self.not_before, time.time() + seconds)
+        elif 400 <= status < 500 and status not in (408, 425, 429) and not refused:
+            raise Unusable(f"{url} answers {status} {reply.reason}")
+        raise Fault(f"status {status} {reply.reason}")
+
+    def receive(self, url, path, first, last, have):
+        """Append to `path` what one reply brings of bytes first..last. Returns the size of all that the URL has."""
+        with self.ask(url, first + have, last) as reply:
+            said = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)", reply.headers.get("Content-Range", ""))
+            total, length = said and int(said[3]), reply.headers.get("Content-Length")
+            length = int(length) if length and length.isdigit() else None
+            if reply.status_code == 416:
+                if total == first + have or (total is not None and not have):  # there is no more, or never was so much
+                    path.touch()
+                    return total
+                path.unlink(missing_ok=True)
+                raise Fault("the file has become shorter")
+            if "text/html" in reply.headers.get("Content-Type", "") and not url.endswith((".html", ".htm")):
+                raise Fault("a web page instead of data")
+            if reply.status_code == 200:
+                if first or last is not None:
+                    raise Unusable(f"{url.split('/')[2]} serves no byte ranges")
+                have, total = 0, length
+                if length is None and reply.headers.get("Transfer-Encoding") != "chunked":
+                    raise Fault("the reply does not say how long it is")
+            elif not said or not said[1] or int(said[1]) != first + have or (last is not None and int(said[2]) > last):
+                raise Fault(f"asked for bytes {first + have}-{'' if last is None else last}, got {reply.headers.get('Content-Range')!r}")
+            else:
+                wanted = int(said[2]) - int(said[1]) + 1
+                if length not in (None, wanted):
+                    raise Fault(f"{wanted} bytes are promised, and {length} announced")
+                length = wanted
+            self.expected.setdefault((url, first), length or 0)
+            with open(path, "ab") as f:
+                f.truncate(have)
+                reply.raw.enforce_content_length = False  # or it keeps what came before a connection broke to itself
+                for block in reply.iter_content(2**18):
+                    if self.stop.is_set():
+                        raise Unusable("stopped")
+                    f.write(block)
+                    with self.count:
+                        self.received += len(block)
+                got = f.tell() - have
+                if length is not None and got > length:
+                    f.truncate(have)
+            end = total if last is None else min(total, last + 1)
+            if (length is not None and got != length) or (end is not None and first + have + got != end):
+                raise Fault(f"{got:,} bytes came where {length:,} were announced")
+            return total
+
+    def fetch(self, url, path, first=0, last=None):
+        """Bring bytes first..last of a URL (to its end without last) to file `path`, after those it holds already.
+
+        Returns the size of all that the URL has, None where the host does not say. Raises Unusable.
+        """
+        tries, most = 0, 0
+        if last is not None and path.exists() and path.stat().st_size > last - first:
+            path.unlink()  # complete, but the size of the whole was lost with the process
+        while True:
+            have = path.stat().st_size if path.exists() else 0
+            try:
+                return self.receive(url, path, first, last, have)
+            except (Fault, requests.RequestException) as error:
+                reason = str(error) if isinstance(error, Fault) else type(error).__name__
+            have = path.stat().st_size if path.exists() else 0
+            tries, most = (1 if have > most else tries + 1), max(have, most)
+            if tries > self.RETRIES:
+                raise Unusable(f"{url}: {reason}, {tries} times in a row")
+            self.rest(min(60, self.wait * 2 ** (tries - 1)) * (0.5 + random.random()))
+
+    def file(self, url, path, sha256=""):
+        """Bring a whole file to `path`, verified. Raises Unusable."""
+        part = path.with_name(path.name + ".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(3):
+            self.fetch(url, part)
+            wrong = wrong_content(part, path.name, sha256)
+            if not wrong:
+                settle(part, path)
+                return
+            part.unlink()
+        raise Unusable(f"{url}: {wrong}")
+
+    def slice(self, url, path, first, size):
+        """Bring the whole lines among bytes first..first+size of a .jsonl to `path`, of each its `text` alone."""
+        part = path.with_name(path.name + ".bytes")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        total = self.fetch(url, part, first, first + size - 1) or 0
+        content = part.read_bytes()
+        begin = content.find(b"\n") + 1 if first else 0  # the line before it began in the slice before
+        end = len(content) if first + len(content) >= total else content.rfind(b"\n") + 1
+        lines = [line for line in content[begin:end].split(b"\n") if line.strip()]
+        texts = []
+        for line in lines:
+            try:
+                texts.append(json.dumps({"text": text_field(json.loads(line), url)}, ensure_ascii=False) + "\n")
+            except (ValueError, SystemExit):
+                pass
+        if len(texts) < 0.99 * len(lines):
+            part.unlink()
+            raise Unusable(f"{url}: of {len(lines)} lines, {len(lines) - len(texts)} are no JSON with a field `text`")
+        write_whole(path, "".join(texts))
+        part.unlink()
+
+
+def retry_after(headers):
+    """Seconds that a host asks to wait, from Retry-After (seconds or a date) or RateLimit's t=; 0 if it does not say."""
+    said, limit = headers.get("Retry-After", ""), re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
+    try:
+        return float(said) if said.isdigit() or not said else max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
+    except ValueError:
+        return float(limit[1]) if limit else 0.0
+
+
+def wrong_content(file, name, sha256=""):
+    """What is wrong with a file that was brought as `name`, in a few words, or an empty string."""
+    if sha256:
+        with open(file, "rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+        if found != sha256:
+            return f"its sha256 is {found[:16]}..., not {sha256[:16]}..."
+    with open(file, "rb") as f:
+        head = f.read(256).lstrip().lower()
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page instead of data"
+    if not head:
+        return "it is empty"
+    kind = name.removesuffix(".gz").rsplit(".", 1)[-1]
+    try:
+        if kind == "zip":
+            return zipfile.ZipFile(file).testzip() or ""
+        with (gzip.open if name.endswith(".gz") else open)(file, "rb") as f:
+            if kind == "jsonl":
+                for line in f:
+                    if line.strip():
+                        json.loads(line)
+            elif kind == "json":
+                json.load(f)
+            else:
+                decoder = codecs.getincrementaldecoder("utf-8")()
+                while block := f.read(2**20):
+                    if kind == "txt":
+                        decoder.decode(block)
+    except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        return f"it is damaged ({type(error).__name__}: {str(error)[:60]})"
+    return ""
+
+
+def settle(part, path):
+    """A complete file takes its name."""
+    with open(part, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def shuffle_lines(folder, path, seed):
+    """The lines of all files in a folder, in random order, as the file `path`; the folder goes."""
+    files = [file for file in sorted(folder.iterdir()) if file.stat().st_size]
+    maps = [np.memmap(file, np.uint8, "r") for file in files]
+    ends = [np.flatnonzero(m == 10) + 1 for m in maps]
+    lines = [(i, start, end) for i, e in enumerate(ends) for start, end in zip([0, *e[:-1].tolist()], e.tolist())]
+    random.Random(seed).shuffle(lines)
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "wb", 2**20) as f:
+        for i, start, end in lines:
+            f.write(maps[i][start:end].data)
+    settle(part, path)
+    shutil.rmtree(folder)
+    return len(lines)
+
+
+def climbmix_plan(fetcher, folder, shards, size):
+    """What is to be done for ClimbMix: (file, [calls that bring its pieces], call that makes it of them) each.
+
+    The parts are sorted by topic. So shard k is slice k of every part, its lines in random order, and so is the
+    validation text, which is a short slice at the start of each.
+    """
+    spans = {"val/climbmix.jsonl": (0, max(1, size // 64))}
+    spans |= {f"train/climbmix_{k:05}.jsonl": (max(1, size // 64) + k * size, size) for k in range(shards)}
+    plan = []
+    for name, span in spans.items():
+        pieces = folder / f"{Path(name).stem}_{Path(name).parent}.slices"
+        calls = [(fetcher.slice, url, pieces / f"{i:03}", *span) for i, url in enumerate(CLIMBMIX) if not (pieces / f"{i:03}").exists()]
+        plan.append((folder / name, calls, (shuffle_lines, pieces, folder / name, name)))
+    return plan
+
+
+def files_plan(fetcher, folder, files):
+    return [(folder / name, [(fetcher.file, url, folder / name, sha256)], None) for name, url, sha256 in files]
+
+
+def carry_out(fetcher, plan, what):
+    """Do what a plan says, its files in order, and say every few seconds how far it is. Raises Unusable."""
+    todo = [entry for entry in plan if not entry[0].exists()]
+    start = said = time.time()
+    calls = sum(len(entry[1]) for entry in todo)
+    fetcher.received, fetcher.expected = 0, {}
+
+    def progress():
+        sizes, rate = list(fetcher.expected.values()), max(1, fetcher.received) / max(0.01, time.time() - start)
+        total = max(fetcher.received, sum(sizes) / max(1, len(sizes)) * calls)  # what was not begun counts as the mean of what was
+        return f"{fetcher.received / 1e6:,.0f} of about {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, {(total - fetcher.received) / rate:,.0f} s left"
+
+    pool = ThreadPoolExecutor(FETCHERS)
+    try:
+        futures = [[pool.submit(*call) for call in calls] for _, calls, _ in todo]
+        for i, ((path, _, finish), pending) in enumerate(zip(todo, futures)):
+            while pending:
+                done, pending = wait(pending, 1, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                if time.time() > said + 10:
+                    said = time.time()
+                    print(f"  {what}: {progress()}", flush=True)
+            if finish and not finish[0](*finish[1:]):
+                path.unlink()
+                raise Unusable(f"{what} has no more than that: {path.name} would be empty")
+            print(f"  {path} ({path.stat().st_size / 1e6:,.1f} MB), {i + 1} of {len(todo)}; {progress()}", flush=True)
+    finally:
+        fetcher.stop.set()
+        pool.shutdown(cancel_futures=True)
+        fetcher.stop.clear()
+
+
+def download(cfg):
+    """Bring cfg.source to cfg.out: text as train/ and val/, other data as its files."""
+    folder, size, note = Path(cfg.out), max(1, round(cfg.slice_mb * 2**20)), Path(cfg.out) / "source.json"
+    urls = cfg.source.split(",")
+    names = [unquote(urlsplit(url).path.rsplit("/", 1)[-1]) for url in urls]
+    if cfg.source not in SOURCES and not all(re.match("https?://[^/]+/", url) for url in urls):
+        raise SystemExit(f"there is no source {cfg.source!r}; there are {', '.join(SOURCES)}, and URLs with commas between")
+    if cfg.source not in SOURCES and (len(set(names)) < len(names) or not all(re.search(r"\.(txt|jsonl|json)(\.gz)?$|\.parquet$", n) for n in names)):
+        raise SystemExit(f"URLs have to end in names of their own with .txt, .jsonl, .json (also .gz) or .parquet; got {', '.join(names)}")
+    fetcher = Fetcher(cfg.mirror, cfg.wait, cfg.patience)
+    source, wanted = cfg.source, {"source": cfg.source, "slice": size}
+    was = json.loads(note.read_text()) if note.exists() else {}
+    if source == "climbmix" and was.get("instead_of") == "climbmix":
+        source = "c4"
+        print(f"{folder} holds C4, which stood in for ClimbMix; going on with it (another --out=DIR tries ClimbMix again)")
+    elif source == "climbmix" and was and was != wanted:
+        raise SystemExit(f"{folder} was made from {was['source']} in slices of {was['slice']} bytes, not from {source} in {size}; choose another --out=DIR")
+    try:
+        if source == "climbmix":
+            write_whole(note, json.dumps(wanted))
+            first, *others = climbmix_plan(fetcher, folder, cfg.shards, size)
+            try:
+                carry_out(fetcher, [first], "climbmix")  # validation takes a little of every part: if that works, all will
+            except Unusable as error:
+                shutil.rmtree(folder / "climbmix_val.slices", ignore_errors=True)
+                print(f"ClimbMix cannot be had ({error}): taking C4 instead", flush=True)
+                source = "c4"
+                write_whole(note, json.dumps(wanted | {"source": "c4", "instead_of": "climbmix"}))
+            else:
+                carry_out(fetcher, others, "climbmix")
+        if source == "c4":
+            files = [("val/c4.jsonl.gz", C4.format("validation", 0, 8), "")]
+            files += [(f"train/c4_{i:05}.jsonl.gz", C4.format("train", i, 1024), "") for i in range(min(1024, cfg.shards))]
+        elif source in PUBLIC:
+            files = PUBLIC[source]
+        elif source != "climbmix":
+            files = [(f"train/{name}", url, "") for name, url in zip(names, urls)]
+        if source != "climbmix":
+            carry_out(fetcher, files_plan(fetcher, folder, files), source if source in SOURCES else names[0])
+    except Unusable as error:
+        raise SystemExit(f"{error}; what was brought stays in {folder}, and the same command goes on from there")
+    for archive in (*folder.glob("*.zip"), *folder.glob("*.tar")):
+        shutil.unpack_archive(archive, folder, **({"filter": "data"} if archive.suffix == ".tar" and hasattr(tarfile, "data_filter") else {}))
+    print(f"{source}: all there, in {folder}")
 
 
 # -----------------------------------------------------------------------------
@@ -412,6 +792,18 @@ def split_documents(path):
     return iter([*rest, last[:cut]]), [last[cut:] or last]
 
 
+TOKENIZER_CHARS = 2 * 10**9  # a tokenizer is trained on at most so much: more text hardly moves its merges
+
+
+def beginning(texts, chars):
+    """The first texts, up to so many characters."""
+    for text in texts:
+        yield text
+        chars -= len(text)
+        if chars < 0:
+            return
+
+
 def prepare(cfg, machine):
     """Make sure that cfg.out (or cfg.from_) has a tokenizer and shards of cfg.data; return what a stage needs.
 
@@ -434,6 +826,7 @@ def prepare(cfg, machine):
             else:
                 texts = [*demo_texts(cfg.seed), *(text_of(m) for m in conversations(cfg.seed, 4000))]
             try:
+                texts = beginning(texts, TOKENIZER_CHARS)
                 trained = Tokenizer.train(texts, cfg.vocab_size, SPECIALS, SPLIT)
             except ValueError as error:
                 raise SystemExit(f"the tokenizer cannot be trained: {error}")
@@ -1114,6 +1507,17 @@ class EncodeConfig:
 
 
 @dataclass
+class DownloadConfig:
+    source: str = "climbmix"  # climbmix, c4, tinystories; core, mmlu, gsm8k, humaneval; slimorca, ultrachat, oasst2, dolly; or URLs
+    out: str = "text"  # folder that it goes to: text as train/ and val/
+    shards: int = 1  # of climbmix (1.6 GB each) and c4 (0.3 GB, packed); more can be added later
+    mirror: str = ""  # MIRROR/host/path is asked for instead of https://host/path
+    slice_mb: float = 16.0  # of climbmix, what is taken of each of its 100 parts for a shard
+    wait: float = 1.0  # seconds before the first repetition of a request that failed; doubles
+    patience: float = 60.0  # seconds without a byte after which a connection is given up
+
+
+@dataclass
 class PrepareConfig:
     out: str = "out"  # folder of the run
     from_: str = ""  # take the tokenizer and data from another run's folder
@@ -1140,8 +1544,11 @@ def main(argv):
             piece = tokenizer.token_bytes(id)
             print(f"{id:6}  {piece!r:24} {piece.decode('utf-8', 'replace')}")
         print(f"{len(rest[0].encode())} bytes, {len(ids)} tokens")
+    elif command == "download":
+        cfg = override(DownloadConfig(), rest, __doc__)
+        lock_folder(cfg.out, start_machine("cpu"))
+        download(cfg)
     elif command == "prepare":
-        from gpt import lock_folder, start_machine
 
         cfg, machine = override(PrepareConfig(), rest, __doc__), start_machine("cpu")
         lock_folder(cfg.out, machine)

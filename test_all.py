@@ -16,6 +16,8 @@ import copy
 import dataclasses
 import functools
 import gzip
+import hashlib
+import http.server
 import itertools
 import json
 import math
@@ -31,6 +33,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -1378,6 +1381,244 @@ def test_a_question_too_long_loses_its_beginning(tokenizer):
     full, _ = data.render(item["messages"], tokenizer, reply=True)
     assert len(ids) == 48 and ids[0] == full[0] and ids[1:] == full[-47:]
     assert data.question(item, tokenizer, 64, 900)[-5:] == full[-5:] and len(data.question(item, tokenizer, 64, 900)) == 32
+
+
+# -----------------------------------------------------------------------------
+# Downloads, from a server here that misbehaves on demand
+
+
+class Host(http.server.BaseHTTPRequestHandler):
+    """Serves `files` (path: bytes) with byte ranges; `faults` is a list of (what, path's part) that are used up in turn."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def say(self, status, body=b"", **headers):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        host, path = self.server, self.path.partition("?")[0]
+        with host.lock:
+            fault = next((f for f in host.faults if f[1] in self.path), ("", ""))
+            if fault[0] and fault in host.once:
+                host.faults.remove(fault)
+            host.asked.append((self.path, self.headers.get("Range"), time.time()))
+        match fault[0]:
+            case "wait":
+                return self.say(429, Retry_After="1")
+            case "busy":
+                return self.say(503)
+            case "page":
+                return self.say(200, b"<!doctype html><p>sign in", Content_Type="text/html")
+            case "plain page":
+                return self.say(200, b"<!doctype html><p>sign in", Content_Type="application/octet-stream")
+        if host.signed and "signature" not in self.path:
+            host.signatures += 1
+            return self.say(302, Location=f"{self.path}?signature={host.signatures}")
+        if host.signed and int(self.path.rpartition("=")[2]) < host.valid_from:
+            return self.say(403)
+        if path not in host.files:
+            return self.say(404)
+        body, total, status, headers = host.files[path], len(host.files[path]), 200, {}
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if span and fault[0] != "no ranges":
+            first, last = int(span[1]), min(total - 1, int(span[2] or total))
+            if first >= total:
+                return self.say(416, Content_Range=f"bytes */{total}")
+            body, status, headers = body[first : last + 1], 206, {"Content-Range": f"bytes {first}-{last}/{total}"}
+            if fault[0] == "other bytes":
+                headers = {"Content-Range": f"bytes {first + 7}-{last}/{total}"}
+        if fault[0] == "short":  # announces less than there is
+            body = body[: len(body) // 2]
+        if fault[0] == "flipped":
+            body = bytes([body[0] ^ 1]) + body[1:]
+        if fault[0] == "unsaid":
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+            return
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body) + 9 * (fault[0] == "long")))
+        self.end_headers()
+        if fault[0] in ("drop", "hang", "long"):
+            self.wfile.write(body[: (len(body) + 1) // 2] if fault[0] != "long" else body)
+            self.wfile.flush()
+            time.sleep(3 * (fault[0] == "hang"))
+            self.close_connection = True
+        elif fault[0] == "slow":
+            for i in range(0, len(body), 1000):
+                self.wfile.write(body[i : i + 1000])
+                time.sleep(0.004)
+        else:
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def host():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
+        server.files, server.faults, server.once, server.asked, server.lock = {}, [], [], [], threading.Lock()
+        server.signed, server.signatures, server.valid_from, server.daemon_threads = False, 0, 0, True
+        server.handle_error = lambda *_: None  # clients that leave are no news
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def fetch(host, source, out, **knobs):
+    mirror = f"http://127.0.0.1:{host.server_address[1]}"
+    data.download(data.DownloadConfig(source, str(out), mirror=mirror, **{"wait": 0.002, "patience": 1, "slice_mb": 0.02, **knobs}))
+
+
+def jsonl(rows):
+    return "".join(json.dumps(r) + "\n" for r in rows).encode()
+
+
+@pytest.fixture(scope="session")
+def climbmix():
+    """100 parts in the layout of ClimbMix: sorted by topic, of unequal length, each document unlike every other."""
+    rng, parts = random.Random(1), {}
+    for p in range(100):
+        rows = [{"text": f"part {p} row {i}: " + "é" * rng.randrange(40), "cluster_id": i // 20, "token_count": 7} for i in range(rng.randint(180, 260))]
+        parts[data.CLIMBMIX[p].replace("https:/", "")] = jsonl(rows)
+    return parts
+
+
+def read_texts(path):
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def test_climbmix_shards_are_fair_mixtures(host, climbmix, tmp_path, capsys):
+    host.files, host.signed = climbmix, True
+    fetch(host, "climbmix", tmp_path, shards=2)
+    files = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert files == ["source.json", "train/climbmix_00000.jsonl", "train/climbmix_00001.jsonl", "val/climbmix.jsonl"]
+    sets = [read_texts(tmp_path / f) for f in files[1:]]
+    everything = {row["text"] for body in climbmix.values() for row in map(json.loads, body.splitlines())}
+    assert not set(sets[0]) & set(sets[1]) and not set(sets[2]) & set(sets[0] + sets[1])
+    for texts in sets[:2]:
+        parts = [int(t.split()[1]) for t in texts]
+        assert set(texts) <= everything and len(set(texts)) == len(texts) and len(set(parts)) > 95
+        assert sum(a <= b for a, b in zip(parts, parts[1:])) < 0.7 * len(parts)  # not part after part
+    paths = [path for path, _, _ in host.asked if "signature" not in path]
+    assert len(paths) == 100  # the link that a part led to served its other slices too
+    spans = [span for path, span, _ in host.asked if "part_7.jsonl?" in path]
+    assert spans == ["bytes=0-326", "bytes=327-21298", "bytes=21299-42270"]
+    fetch(host, "climbmix", tmp_path, shards=2)
+    assert len(host.asked) == 400  # 100 of them led elsewhere; nothing is asked for twice
+    host.valid_from = 10**6  # every link is refused now
+    with pytest.raises(SystemExit, match="403"):
+        fetch(host, "climbmix", tmp_path, shards=3, slice_mb=0.02)
+    with pytest.raises(SystemExit, match="another --out=DIR"):
+        fetch(host, "climbmix", tmp_path, shards=2, slice_mb=1)
+
+
+def test_a_refused_link_is_asked_for_anew(host, climbmix, tmp_path):
+    host.files, host.signed = climbmix, True
+    fetcher = data.Fetcher(f"http://127.0.0.1:{host.server_address[1]}", 0.01, 1)
+    for n in range(3):
+        fetcher.fetch(data.CLIMBMIX[n // 2], tmp_path / str(n), 0, 99)
+        host.valid_from = host.signatures + (n == 0)
+    assert [path.partition("?")[2] for path, *_ in host.asked] == ["", "signature=1", "signature=1", "", "signature=2", "", "signature=3"]
+
+
+FAULTS = ["drop", "wait", "busy", "page", "plain page", "short", "long", "other bytes", "unsaid", "flipped", "hang"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_misbehaving_host_leaves_files_whole_or_absent(fault, host, tmp_path):
+    """Each fault once: the file comes all the same. For ever: one line, and no file."""
+    body = gzip.compress(jsonl({"text": f"document {i}"} for i in range(2000)))
+    host.files = {"/host/a.jsonl.gz": body, "/host/b.jsonl.gz": body}
+    host.faults = [(fault, "a.jsonl")]
+    host.once = host.faults[:]
+    start = time.time()
+    fetch(host, "https://host/a.jsonl.gz", tmp_path)
+    assert (tmp_path / "train" / "a.jsonl.gz").read_bytes() == body and not host.faults
+    assert fault != "wait" or time.time() - start > 1  # Retry-After was honoured
+    if fault not in ("hang", "wait"):
+        host.faults = [(fault, "b.jsonl")]
+        if fault == "drop":  # each time half of the rest: that is progress, and comes to its end
+            fetch(host, "https://host/b.jsonl.gz", tmp_path)
+            assert (tmp_path / "train" / "b.jsonl.gz").read_bytes() == body
+        else:
+            with pytest.raises(SystemExit, match="https://host/b.jsonl.gz: .*goes on from there"):
+                fetch(host, "https://host/b.jsonl.gz", tmp_path)
+            assert not (tmp_path / "train" / "b.jsonl.gz").exists()
+
+
+def test_a_hash_that_is_known_is_checked(host, tmp_path, monkeypatch):
+    rows = jsonl([{"question": "1+1?", "answer": "#### 2"}])
+    for name, url, _ in data.PUBLIC["gsm8k"]:
+        host.files[url.replace("https:/", "")] = rows
+    with pytest.raises(SystemExit, match="its sha256 is"):
+        fetch(host, "gsm8k", tmp_path)
+    assert not list(tmp_path.glob("*.jsonl"))
+    files = [(name, url, hashlib.sha256(rows).hexdigest()) for name, url, _ in data.PUBLIC["gsm8k"]]
+    monkeypatch.setitem(data.PUBLIC, "gsm8k", files)
+    fetch(host, "gsm8k", tmp_path)
+    assert data.Gsm8k.items("test", 0, 5, str(tmp_path))[0]["answer"] == 2
+
+
+@pytest.mark.parametrize("fault", ["no ranges", "page", "missing"])
+def test_climbmix_that_is_not_as_thought_becomes_c4(fault, host, climbmix, tmp_path, capsys):
+    body = gzip.compress(jsonl({"text": f"document {i}", "url": ""} for i in range(50)))
+    c4 = {data.C4.format(*args).replace("https:/", ""): body for args in (("validation", 0, 8), ("train", 0, 1024), ("train", 1, 1024))}
+    host.files = c4 | (climbmix if fault != "missing" else {})
+    host.faults = [(fault, "ClimbMix")]
+    for shards in (1, 2):
+        fetch(host, "climbmix", tmp_path, shards=shards)
+        printed = capsys.readouterr().out
+        assert ("ClimbMix cannot be had" in printed and "taking C4 instead" in printed) == (shards == 1)
+    assert sorted(p.name for p in tmp_path.rglob("*.gz")) == ["c4.jsonl.gz", "c4_00000.jsonl.gz", "c4_00001.jsonl.gz"]
+    assert len(list(data.read_documents(tmp_path / "train"))) == 100
+
+
+def test_a_killed_download_goes_on(host, climbmix, tmp_path):
+    """SIGKILL in the middle: what is there stays, is asked for no more, and the end is as if nothing had happened."""
+    host.files = climbmix
+    fetch(host, "climbmix", tmp_path / "whole")
+    asked, host.asked = len(host.asked), []
+    mirror = f"--mirror=http://127.0.0.1:{host.server_address[1]}"
+    host.faults = [("slow", "part_")]
+    process = start("data.py", "download", mirror, f"--out={tmp_path / 'killed'}", "--slice_mb=0.02", printed=tmp_path / "printed")
+    while len(host.asked) < 130 and process.is_alive():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (tmp_path / "killed" / "train" / "climbmix_00000.jsonl").exists()
+    host.faults = []
+    fetch(host, "climbmix", tmp_path / "killed")
+    for name in ("train/climbmix_00000.jsonl", "val/climbmix.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(host.asked) <= asked + data.FETCHERS and not [p for p in tmp_path.rglob("*") if ".part" in p.name or ".slices" in p.name]
+
+
+def test_tinystories_and_the_right_words(host, tmp_path):
+    for name, url, _ in data.PUBLIC["tinystories"]:
+        host.files[url.replace("https:/", "")] = b"One day.\n<|endoftext|>\nAnother day.\n<|endoftext|>\n"
+    fetch(host, "tinystories", tmp_path)
+    assert [t.strip() for t in data.read_documents(tmp_path / "val")] == ["One day.", "Another day."]
+    for source, message in (("climbmax", "there is no source"), ("https://a/x.exe", "have to end in"), ("https://a/x.txt,https://b/x.txt", "names of their own")):
+        with pytest.raises(SystemExit, match=message):
+            fetch(host, source, tmp_path / "other")
+    with pytest.raises(SystemExit, match="data.py download --source=tinystories"):
+        list(data.read_documents("tinystories"))
+
+
+def test_documents_in_a_text_longer_than_a_block(tmp_path):
+    texts = ["a" * 5_000_000, "b\n" * 3_000_000, "c", "d" * 100 + "\n"]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
+    assert list(data.read_documents(tmp_path)) == texts
 
 
 # -----------------------------------------------------------------------------
