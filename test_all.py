@@ -1782,6 +1782,137 @@ def test_report_escapes_and_stands_alone(tmp_path):
     assert report["stages"]["base"] == {"bpb": 1.25, "accuracy/facts": 0.5, "n/facts": 10} and report["seconds"]["base"] == 60
 
 
+def write_core(folder, count=8):
+    """The files of all 22 tasks with made items; returns {label: rows}."""
+    rng, rows = random.Random(1), {}
+    word = lambda: "".join(rng.choices("abcdefgh", k=rng.randint(1, 3)))
+    words = lambda most: " ".join(word() for _ in range(rng.randint(1, most)))
+    for label, name, _, kind, *_ in evals.CORE:
+        file = folder / "eval_data" / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows[label] = []
+        for _ in range(count):
+            n = rng.randint(2, 4)
+            if kind == evals.CHOICE:
+                row = {"query": words(4) + " ", "choices": [words(3) for _ in range(n)]}
+            elif kind == evals.SCHEMA:
+                row = {"context_options": [words(6) for _ in range(n)], "continuation": words(3)}
+            else:
+                row = {"context": f"  {words(5)}\n", "continuation": words(2)}
+            rows[label].append(row if kind == evals.LM else row | {"gold": rng.randrange(n)})
+        file.write_bytes(jsonl(rows[label]))
+    rows["hellaswag_zeroshot"] = rows["hellaswag"]
+    return rows
+
+
+def plain_core(model, tokenizer, rows, shots, kind, delimiter):
+    """The published procedure, one text at a time."""
+    bos, T, answers = tokenizer.special("<|bos|>"), model.cfg.seq_len, []
+    rows = rows[:]
+    random.Random(1337).shuffle(rows)
+
+    def losses(ids):
+        return F.cross_entropy(model(torch.tensor([ids]))[0, :-1], torch.tensor(ids[1:]), reduction="none")  # of token i + 1
+
+    for i, row in enumerate(rows):
+        prompt = ""
+        for j in random.Random(1234 + i).sample([j for j in range(len(rows)) if j != i], shots):
+            shot = rows[j]
+            if kind == "multiple_choice":
+                prompt += shot["query"] + delimiter + shot["choices"][shot["gold"]] + "\n\n"
+            elif kind == "schema":
+                prompt += shot["context_options"][shot["gold"]] + delimiter + shot["continuation"] + "\n\n"
+            else:
+                prompt += shot["context"].strip() + delimiter + shot["continuation"] + "\n\n"
+        encode = lambda text: [bos, *tokenizer.encode(text)]
+        if kind == "language_modeling":
+            short = encode((prompt + row["context"].strip() + delimiter).strip())
+            long = encode(prompt + row["context"].strip() + delimiter + row["continuation"])
+            assert long[: len(short)] == short
+            over = max(0, len(long) - T)
+            said = model(torch.tensor([long[over:]]))[0].argmax(-1).tolist()
+            answers.append(said[len(short) - over - 1 : -1] == long[len(short) :])
+            continue
+        if kind == "multiple_choice":
+            texts = [encode(prompt + row["query"] + delimiter + choice) for choice in row["choices"]]
+            first = next((i for i, tokens in enumerate(zip(*texts)) if len(set(tokens)) > 1), min(map(len, texts)))
+            parts = [len(ids) - first for ids in texts]
+        else:
+            texts = [encode(prompt + context + delimiter + row["continuation"]) for context in row["context_options"]]
+            same = next((i for i, tokens in enumerate(zip(*(ids[::-1] for ids in texts))) if len(set(tokens)) > 1), min(map(len, texts)))
+            parts = [same] * len(texts)
+        means = [losses(ids[-T:])[-part:].mean().item() if part else math.nan for ids, part in zip(texts, parts)]
+        answers.append(means.index(min(means)) == row["gold"])
+    return answers
+
+
+def test_core_equals_a_plain_reference(tokenizer, tmp_path, capsys, monkeypatch):
+    """Tasks of all three kinds, answer by answer; then with a context so short that texts are cut."""
+    rows = write_core(tmp_path)
+    picked = ("jeopardy", "arc_easy", "copa", "lambada_openai", "winograd", "agi_eval_lsat_ar")
+    tasks = [(*task[:2], min(task[2], 5), *task[3:]) for task in evals.CORE if task[0] in picked]
+    monkeypatch.setattr(evals, "CORE", tasks)
+    for seq_len in (250, 40):
+        model = small(vocab_size=tokenizer.vocab_size, seq_len=seq_len, depth=2)
+        results, core = evals.run_core(model, tokenizer, CPU, tmp_path, tmp_path / f"core_{seq_len}.json")
+        kept = json.loads((tmp_path / f"core_{seq_len}.json").read_text())
+        seen = set()
+        for label, _, shots, kind, delimiter, guess, _ in evals.CORE:
+            want = plain_core(model, tokenizer, rows[label], shots, kind, delimiter)
+            assert [c == "1" for c in kept[label]["right"]] == want, label
+            accuracy = sum(want) / len(want)
+            assert results[label] == pytest.approx((accuracy, 8, (100 * accuracy - guess) / (100 - guess)))
+            seen |= {accuracy}
+        assert len(seen) > 1 and core == pytest.approx(np.mean([r[2] for r in results.values()]))
+        cut = [entry["cut"] for entry in kept.values()]
+        assert (sum(cut) > 0) == (seq_len == 40)
+    printed = capsys.readouterr().out
+    assert f"CORE: {core:.4f}" in printed and "cut to 40 tokens" in printed
+
+
+def test_core_needs_all_of_its_tasks(tokenizer, tmp_path, capsys, monkeypatch):
+    write_core(tmp_path, count=3)
+    model, cache = small(vocab_size=tokenizer.vocab_size, seq_len=64, depth=1), tmp_path / "core.json"
+    (tmp_path / "eval_data" / "language_understanding" / "hellaswag.jsonl").rename(tmp_path / "away")
+    results, core = evals.run_core(model, tokenizer, CPU, tmp_path, cache)
+    printed = capsys.readouterr().out
+    assert core is None and len(results) == 20 and "CORE:" not in printed and "there is no CORE" in printed
+    assert "missing: hellaswag_zeroshot" in printed and "hellaswag.jsonl" in printed
+    monkeypatch.setattr(evals, "core_task", None)  # all that is there is known of this checkpoint
+    assert evals.run_core(model, tokenizer, CPU, tmp_path, cache)[0] == results
+    with pytest.raises(TypeError):
+        evals.run_core(model, tokenizer, CPU, tmp_path, cache, count=2)
+    (tmp_path / "eval_data" / "commonsense_reasoning" / "copa.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 2}\n')
+    with pytest.raises(SystemExit, match="copa.jsonl line 1: wanted"):
+        evals.run_core(model, tokenizer, CPU, tmp_path, cache)
+
+
+def test_core_is_shared_among_ranks(tokenizer, tmp_path):
+    rows = write_core(tmp_path)
+    model = small(vocab_size=tokenizer.vocab_size, seq_len=250, depth=1)
+    for label, _, _, kind, delimiter, *_ in evals.CORE[3:12:8]:
+        want, _ = evals.core_task(model, tokenizer, CPU, rows[label], 2, kind, delimiter)
+        parts = []
+        for rank in range(3):
+            machine = Machine(torch.device("cpu"), torch.float32, rank, 3)
+            machine.gather, machine.sum = lambda item: [parts.append(item) or dict(enumerate(want))], lambda n: n
+            evals.core_task(model, tokenizer, machine, rows[label], 2, kind, delimiter)
+        assert [len(part) for part in parts] == [3, 3, 2] and {i: int(v) for part in parts for i, v in part.items()} == dict(enumerate(want))
+
+
+def test_greedy_scores_take_exact_continuations_only():
+    model, rng, spans = small(seq_len=96), random.Random(3), []
+    for n in range(12):
+        ids = [rng.randrange(300) for _ in range(rng.randint(1, 70))]
+        first = len(ids)
+        for _ in range(rng.randint(1, 9)):
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        if n % 3 == 0:
+            ids[rng.randrange(first, len(ids))] ^= 1
+        spans.append((ids, first, len(ids)))
+    assert evals.core_scores(model, spans, "cpu", True) == [float(n % 3 > 0) for n in range(12)]
+
+
 # -----------------------------------------------------------------------------
 # Stages, as people run them
 
