@@ -22,6 +22,7 @@ of the demo is taught, edit `exchange`.
 
 import bisect
 import codecs
+import csv
 import email.utils
 import functools
 import gzip
@@ -1427,6 +1428,15 @@ class Arithmetic(Task):
         return float(last_number(text) == item["answer"])
 
 
+def public_file(task, files, *names, source=""):
+    """The first of these files that is there, of a task that does not bring its own items."""
+    paths = [Path(files) / name for name in names]
+    if not any(path.exists() for path in paths):
+        get = f"`python data.py download --source={source or task} --out=DIR` has it"
+        raise SystemExit(f"the task {task} needs {paths[0]}; {get}, and --files=DIR says where it lies")
+    return next(path for path in paths if path.exists())
+
+
 class Gsm8k(Task):
     """Grade-school mathematics in words (Cobbe et al. 2021, arXiv 2110.14168), from its own files: {split}.jsonl or
     gsm8k_{split}.jsonl in `files`, of github.com/openai/grade-school-math."""
@@ -1435,12 +1445,7 @@ class Gsm8k(Task):
 
     @functools.lru_cache
     def rows(split, files):
-        names = [Path(files) / name for name in (f"gsm8k_{split}.jsonl", f"gsm8k/{split}.jsonl", f"{split}.jsonl")]
-        file = next((f for f in names if f.exists()), None)
-        if file is None:
-            home = "https://github.com/openai/grade-school-math"
-            raise SystemExit(f"the task gsm8k needs {names[0]}, which {home} has; --files=DIR says where it lies")
-        rows = []
+        file, rows = public_file("gsm8k", files, f"gsm8k_{split}.jsonl", f"gsm8k/{split}.jsonl", f"{split}.jsonl"), []
         for where, row in read_lines(file):
             if not isinstance(row, dict) or not isinstance(row.get("question"), str) or Gsm8k.number(str(row.get("answer"))) is None:
                 raise SystemExit(f"{where}: wanted question and answer, which ends in #### and a number; got {ascii(row)[:60]}")
@@ -1471,7 +1476,80 @@ class Gsm8k(Task):
         return float(Gsm8k.number(text) == item["answer"])
 
 
-TASKS = {"facts": Facts, "counting": Counting, "arithmetic": Arithmetic, "gsm8k": Gsm8k}
+class Choice(Task):
+    """Multiple choice: the letter that the model finds likeliest at the start of its answer is its answer."""
+
+    max_tokens = 8
+    letters = "ABCDEFGHIJ"
+
+    def item(question, choices, gold):
+        options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(Choice.letters, choices))
+        messages = [{"role": "user", "content": f"{question}{options}\n\nAnswer with the letter alone."}]
+        return {"messages": messages, "answer": Choice.letters[gold], "letters": Choice.letters[: len(choices)]}
+
+    def chosen(rows, split, seed, count):
+        """Items of (question, choices, place of the right one)."""
+        return [Choice.item(*row) for row in random.Random(f"{split} {seed}").sample(rows, min(count, len(rows)))]
+
+    def grade(item, text):
+        return float(text.strip().rstrip(".") == item["answer"])
+
+
+class Arc(Choice):
+    """Grade-school science (Clark et al. 2018, arXiv 1803.05457), as AI2 publishes it or as the CORE bundle has it."""
+
+    part = "Easy"
+
+    @functools.lru_cache
+    def rows(part, split, files):
+        name, rows = f"ARC-{part}-{split.title()}.jsonl", []
+        names = [name, f"ARC-{part}/{name}", f"ARC-V1-Feb2018-2/ARC-{part}/{name}"]
+        if split == "test":
+            names += [f"{folder}eval_data/world_knowledge/arc_{part.lower()}.jsonl" for folder in ("", "eval_bundle/")]
+        for where, row in read_lines(public_file(f"arc_{part.lower()}", files, *names, source="core")):
+            try:
+                if "gold" in row:
+                    rows.append((row["query"].removeprefix("Question: "), row["choices"], row["gold"]))
+                else:
+                    options = row["question"]["choices"]
+                    gold = [c["label"] for c in options].index(row["answerKey"])  # labels are A to E, at times 1 to 5
+                    rows.append((row["question"]["stem"], [c["text"] for c in options], gold))
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise SystemExit(f"{where}: wanted a question of ARC; got {ascii(row)[:60]}")
+        return rows
+
+    @classmethod
+    def items(cls, split, seed, count, files=""):
+        return Choice.chosen(Arc.rows(cls.part, split, files), split, seed, count)
+
+
+class ArcChallenge(Arc):
+    part = "Challenge"
+
+
+class Mmlu(Choice):
+    """57 subjects (Hendrycks et al. 2021, arXiv 2009.03300), from the folders of its own archive: {split}/*.csv."""
+
+    @functools.lru_cache
+    def rows(split, files):
+        split, rows = {"train": "auxiliary_train"}.get(split, split), []
+        folder = public_file("mmlu", files, f"data/{split}", f"mmlu/{split}", split)
+        for file in sorted(folder.glob("*.csv")):
+            with open(file, newline="", encoding="utf-8") as f:
+                for number, row in enumerate(csv.reader(f), 1):
+                    if len(row) != 6 or row[5] not in "ABCD":
+                        raise SystemExit(f"{file} row {number}: wanted a question, four answers and a letter; got {ascii(row)[:60]}")
+                    rows.append((row[0], row[1:5], "ABCD".index(row[5])))
+        if not rows:
+            raise SystemExit(f"{folder} holds no .csv file")
+        return rows
+
+    def items(split, seed, count, files=""):
+        return Choice.chosen(Mmlu.rows(split, files), split, seed, count)
+
+
+TASKS = {"arc_easy": Arc, "arc_challenge": ArcChallenge, "mmlu": Mmlu}
+TASKS |= {"facts": Facts, "counting": Counting, "arithmetic": Arithmetic, "gsm8k": Gsm8k}
 DEMO = "facts,counting,arithmetic"  # the tasks of the demo world, which need no files
 
 

@@ -3,7 +3,7 @@ Evaluations: bits per byte, tasks answered by generating, and the report of a ru
 
     python evals.py                                    # every task on the last stage in out/
     python evals.py --stage=sft --tasks=facts,counting --count=500 --seed=7
-    python evals.py --tasks=gsm8k --files=DIR          # a public task, from its own files
+    python evals.py --tasks=gsm8k,mmlu,arc_easy,arc_challenge --files=DIR      # public tasks, from their own files
     python evals.py --stage=base --text=FILE           # bits per byte of any text
     python evals.py --stage=base --core=DIR            # CORE, from `python data.py download --source=core --out=DIR`
     torchrun --nproc_per_node=8 evals.py --stage=base --core=DIR --count=500   # an estimate of it
@@ -65,7 +65,8 @@ def bits_per_byte(model, tokenizer, val, machine, micro_rows=16, rows=0):
 
 
 def run_tasks(model, tokenizer, machine, names, count, files="", seed=0, split="test", slots=64):
-    """Answer `count` items of each task greedily and grade them: {name: (accuracy, items, some answers)}.
+    """Answer `count` items of each task greedily, of multiple choice with the likeliest letter, and grade them:
+    {name: (accuracy, items, some answers)}.
 
     Ranks take every world-th item. All ranks call it and get the same figures.
     """
@@ -75,12 +76,31 @@ def run_tasks(model, tokenizer, machine, names, count, files="", seed=0, split="
         items = task.items(split, seed, count, files)
         mine = items[machine.rank :: machine.world]
         prompts = [question(item, tokenizer, engine.cache.length, task.max_tokens) for item in mine]
-        done = engine.generate(prompts, Params(max_tokens=task.max_tokens))
-        texts = [visible(parse(r.ids, tokenizer)) for r in done]
+        if items and "letters" in items[0]:
+            texts = likeliest(model, tokenizer, prompts, [item["letters"] for item in mine], machine.device)
+        else:
+            done = engine.generate(prompts, Params(max_tokens=task.max_tokens))
+            texts = [visible(parse(r.ids, tokenizer)) for r in done]
         grades = [task.grade(item, text) for item, text in zip(mine, texts)]
         shown = [(item["messages"][-1]["content"], text, item["answer"], grade) for item, text, grade in zip(mine, texts, grades)]
         results[name] = machine.sum(sum(grades)) / max(1, len(items)), len(items), shown[:8]
     return results
+
+
+@torch.inference_mode()
+def likeliest(model, tokenizer, prompts, letters, device):
+    """Of each prompt's letters, the one that is likeliest to come next."""
+    found, order = [""] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    budget = min(BUDGET[torch.device(device).type], 2**28 // model.cfg.vocab_size)
+    while order:
+        length = len(prompts[order[-1]])
+        rows, order = order[-max(1, budget // length) :], order[: -max(1, budget // length)]
+        ids = torch.tensor([prompts[i] + [0] * (length - len(prompts[i])) for i in rows])
+        logits = model(ids.to(device))
+        for b, i in enumerate(rows):
+            of = [tokenizer.encode(letter)[0] for letter in letters[i]]
+            found[i] = letters[i][logits[b, len(prompts[i]) - 1, of].argmax()]
+    return found
 
 
 # -----------------------------------------------------------------------------

@@ -1782,6 +1782,37 @@ def test_report_escapes_and_stands_alone(tmp_path):
     assert report["stages"]["base"] == {"bpb": 1.25, "accuracy/facts": 0.5, "n/facts": 10} and report["seconds"]["base"] == 60
 
 
+def test_multiple_choice_from_its_files(tmp_path):
+    own = {"id": "1", "question": {"stem": "Why?", "choices": [{"text": t, "label": n} for t, n in zip("uvw", "123")]}, "answerKey": "2"}
+    (tmp_path / "ARC-Challenge-Test.jsonl").write_bytes(jsonl([own]))
+    (tmp_path / "eval_data" / "world_knowledge").mkdir(parents=True)
+    (tmp_path / "eval_data" / "world_knowledge" / "arc_easy.jsonl").write_bytes(jsonl([{"query": "Question: Why?", "choices": ["u", "v", "w"], "gold": 1}]))
+    (tmp_path / "data" / "test").mkdir(parents=True)
+    (tmp_path / "data" / "test" / "law_test.csv").write_text('Why?,u,v,w,"x, y",B\n"a ""b"" c",1,2,3,4,D\n')
+    (challenge,), (easy,) = (data.TASKS[name].items("test", 0, 9, str(tmp_path)) for name in ("arc_challenge", "arc_easy"))
+    assert challenge == easy and easy["answer"] == "B" and easy["letters"] == "ABC"
+    assert easy["messages"][0]["content"].startswith("Why?\nA. u\nB. v\nC. w\n")
+    law = sorted(data.Mmlu.items("test", 0, 9, str(tmp_path)), key=lambda item: item["answer"])
+    assert [item["answer"] for item in law] == ["B", "D"] and "D. x, y" in law[0]["messages"][0]["content"]
+    assert data.Choice.grade(easy, "B") == 1 and data.Choice.grade(easy, "A") == data.Choice.grade(easy, "") == 0
+    with pytest.raises(SystemExit, match="the task arc_easy needs .*ARC-Easy-Train.jsonl.*--source=core"):
+        data.Arc.items("train", 0, 9, str(tmp_path))
+    (tmp_path / "data" / "test" / "law_test.csv").write_text("Why?,u,v,w,x,F\n")
+    with pytest.raises(SystemExit, match="law_test.csv row 1"):
+        data.Mmlu.rows.__wrapped__("test", str(tmp_path))
+
+
+def test_the_likeliest_letter_wins(chatty, tokenizer):
+    rng = random.Random(2)
+    prompts = [[rng.randrange(600) for _ in range(rng.randint(1, 60))] for _ in range(30)]
+    letters = [data.Choice.letters[: rng.randint(2, 6)] for _ in prompts]
+    want = []
+    for prompt, some in zip(prompts, letters):
+        logits = chatty(torch.tensor([prompt]))[0, -1]
+        want.append(max(some, key=lambda letter: logits[tokenizer.encode(letter)[0]].item()))
+    assert evals.likeliest(chatty, tokenizer, prompts, letters, "cpu") == want and len(set(want)) > 2
+
+
 def write_core(folder, count=8):
     """The files of all 22 tasks with made items; returns {label: rows}."""
     rng, rows = random.Random(1), {}
