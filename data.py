@@ -8,6 +8,7 @@ tasks with their graders, and the demo world.
     python data.py download --shards=4 --out=text      # ClimbMix; then --data=text/train --val_data=text/val
     python data.py download --source=tinystories --out=stories
     python data.py download --source=core --out=files  # and mmlu, gsm8k, humaneval, slimorca, ultrachat, oasst2, dolly
+    python data.py prepare --data=text/train --val_data=text/val --clean=1 --evaluations=files/eval_bundle
     python data.py prepare --help                      # each of the four has knobs of its own
 
 Text is a file or folder of .txt, .jsonl or .json (field `text`), each also as .gz, or .parquet where pyarrow is
@@ -28,6 +29,7 @@ import functools
 import gzip
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import random
@@ -557,6 +559,159 @@ def download(cfg):
 
 
 # -----------------------------------------------------------------------------
+# Cleaning, where asked for: rules by which a document is dropped, in this order, each counted
+
+RULES = {
+    "length": "shorter than 100 characters or longer than a million",
+    "symbols": "more than 3 bytes in 10 are neither letters nor digits nor spaces",
+    "repetition": "more than 3 characters in 10 stand in lines it has already had, or its first 20,000 bytes pack to under a tenth",
+    "duplicate": "the same text came before",
+    "evaluation": "13 words in a row are those of an evaluation item",
+}
+ALNUM = bytes(c for c in range(256) if c >= 128 or chr(c).isalnum())  # letters beyond ASCII are letters
+WORDS_ONLY = bytes(ord(chr(c).lower()) if c < 128 and chr(c).isalnum() else c if c >= 128 else 32 for c in range(256))
+
+
+def poor(text, raw):
+    """The first rule of quality that a document breaks, or None."""
+    if not 100 <= len(text) <= 1_000_000:
+        return "length"
+    if len(raw.translate(None, ALNUM + b" \n\r\t")) > 0.3 * len(raw):
+        return "symbols"
+    lines = text.split("\n")
+    again = len(text) - len(lines) - sum(map(len, set(lines))) if len(lines) > 1 else 0
+    head = raw[:20000]
+    if again > 0.3 * len(text) or len(zlib.compress(head, 1)) < 0.1 * len(head):
+        return "repetition"
+
+
+class Seen:
+    """A set of 64-bit numbers that takes at most 16 bytes for each: sorted arrays, each over twice as long as the next."""
+
+    def __init__(self):
+        self.levels = []
+
+    def has(self, numbers):
+        found = np.zeros(len(numbers), bool)
+        for level in self.levels:
+            found |= level[np.minimum(np.searchsorted(level, numbers), len(level) - 1)] == numbers
+        return found
+
+    def add(self, numbers):
+        """Remember these; returns which of them are new (of equal ones among them, the first)."""
+        new = np.zeros(len(numbers), bool)
+        new[np.unique(numbers, return_index=True)[1]] = True
+        new &= ~self.has(numbers)
+        if new.any():
+            self.levels.append(np.sort(numbers[new]))
+        while len(self.levels) > 1 and len(self.levels[-2]) <= 2 * len(self.levels[-1]):
+            merged = np.concatenate([self.levels.pop(), self.levels.pop()])
+            merged.sort()  # in place: while it is made, the numbers are held twice, and no more
+            self.levels.append(merged)
+        return new
+
+
+def word_numbers(raw):
+    """A number for each word of UTF-8 bytes, whatever its case and what stands between. Equal within one process."""
+    words = raw.translate(WORDS_ONLY).split()
+    return np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
+
+
+def runs_of_13(numbers):
+    """A number for each 13 numbers in a row."""
+    total = np.zeros(max(0, len(numbers) - 12), np.uint64)
+    for j in range(13 if len(total) else 0):
+        total = total * np.uint64(0x9E3779B97F4A7C15) + numbers[j : len(total) + j]
+    return total ^ (total >> np.uint64(32))
+
+
+def evaluation_texts(paths):
+    """Yield the text of each item of evaluation files: .jsonl (also .gz) and .csv, or folders of them, with commas between."""
+
+    def strings(item):
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, (list, dict)):
+            for part in item.values() if isinstance(item, dict) else item:
+                yield from strings(part)
+
+    for path in paths.split(","):
+        for file in text_files(path, ("jsonl", "csv")):
+            if file.suffix == ".csv":
+                with open(file, newline="", encoding="utf-8") as f:
+                    yield from map(" ".join, csv.reader(f))
+            else:
+                yield from (" ".join(strings(item)) for _, item in read_lines(file))
+
+
+class Cleaner:
+    """Drops documents by RULES. `dropped` counts them and `examples` keeps three beginnings of each rule.
+
+    evaluations  files whose items no document may hold, as of evaluation_texts
+    """
+
+    def __init__(self, evaluations=""):
+        self.seen, self.items, self.kept, self.bytes, self.seconds = Seen(), Seen(), 0, 0, 0.0
+        self.dropped, self.examples = dict.fromkeys(RULES, 0), {rule: [] for rule in RULES}
+        self.filter = np.zeros(2**26, bool)  # where no run of an evaluation item falls, there is none to look up
+        if evaluations:
+            texts = (text.encode("utf-8", "replace") for text in evaluation_texts(evaluations))
+            runs = np.concatenate([np.zeros(0, np.uint64), *(runs_of_13(word_numbers(text)) for text in texts)])
+            self.filter[(runs >> np.uint64(38)).astype(np.int64)] = True
+            self.items.add(runs)
+
+    def evaluated(self, raws):
+        """Which of these documents share 13 words in a row with an evaluation item."""
+        found = np.zeros(len(raws), bool)
+        if self.items.levels and raws:
+            numbers = [word_numbers(raw) for raw in raws]
+            owner = np.repeat(np.arange(len(raws)), [len(n) for n in numbers])
+            runs = runs_of_13(np.concatenate(numbers))
+            likely = np.flatnonzero(self.filter[(runs >> np.uint64(38)).astype(np.int64)])
+            likely = likely[owner[likely] == owner[likely + 12]]  # within one document
+            found[owner[likely[self.items.has(runs[likely])]]] = True
+        return found
+
+    def clean(self, documents, batch_chars=2**22):
+        """Yield the documents that no rule drops."""
+        batch, size = [], 0
+        for text in itertools.chain(documents, [None]):
+            if text is not None:
+                batch.append(text)
+                size += len(text)
+            if batch and (text is None or size >= batch_chars):
+                yield from self.sift(batch)
+                batch, size = [], 0
+
+    def sift(self, texts):
+        start, raws = time.time(), [text.encode() for text in texts]
+        verdicts = [poor(text, raw) for text, raw in zip(texts, raws)]
+        good = [i for i, verdict in enumerate(verdicts) if not verdict]
+        marks = np.frombuffer(b"".join(hashlib.blake2b(raws[i], digest_size=8).digest() for i in good), np.uint64)
+        for i, new, item in zip(good, self.seen.add(marks), self.evaluated([raws[i] for i in good])):
+            verdicts[i] = "duplicate" if not new else "evaluation" if item else None
+        for text, verdict in zip(texts, verdicts):
+            if verdict:
+                self.dropped[verdict] += 1
+                if len(self.examples[verdict]) < 3:
+                    self.examples[verdict].append(text[:200])
+        self.kept += verdicts.count(None)
+        self.bytes += sum(map(len, raws))
+        self.seconds += time.time() - start
+        return [text for text, verdict in zip(texts, verdicts) if not verdict]
+
+    def report(self):
+        """What was done, for meta.json and the run's report; printed as well."""
+        total = self.kept + sum(self.dropped.values())
+        print(f"cleaning: {self.kept:,} of {total:,} documents kept, {self.bytes / 1e6 / max(1e-9, self.seconds):.1f} MB/s on one core")
+        for rule, count in self.dropped.items():
+            print(f"  {rule:11}{count:9,} dropped: {RULES[rule]}")
+            for text in self.examples[rule]:
+                print(f"    | {' '.join(text.split())[:100]}")
+        return {"kept": self.kept, "dropped": self.dropped, "examples": self.examples}
+
+
+# -----------------------------------------------------------------------------
 # Token shards
 
 HEADER = 256  # int32: magic, version, tokens, 0, then the tokenizer's hash in 8
@@ -615,6 +770,8 @@ def write_shards(folder, split, tokenizer, hash, documents, most=SHARD_TOKENS):
     with open(spool, "wb") as f:
         for ids in encode_documents(tokenizer, documents, bos):
             f.write(ids.tobytes())
+    if not spool.stat().st_size:
+        raise SystemExit(f"no document is left for {split}: cleaning has dropped them all")
     tokens = np.memmap(spool, np.uint16, "r")
     count = max(1, -(-len(tokens) // most))
     each = len(tokens) // count
@@ -808,7 +965,7 @@ def beginning(texts, chars):
 def prepare(cfg, machine):
     """Make sure that cfg.out (or cfg.from_) has a tokenizer and shards of cfg.data; return what a stage needs.
 
-    cfg has out, from_, data ("" is the demo world), val_data, val_documents, vocab_size and seed.
+    cfg has out, from_, data ("" is the demo world), val_data, val_documents, vocab_size, clean, evaluations and seed.
     Returns (tokenizer, its hash, training TokenSet, validation TokenSet). Rank 0 does the work.
     """
     name = Path(cfg.data).name.split(".")[0] if cfg.data else "demo"
@@ -816,6 +973,7 @@ def prepare(cfg, machine):
     cfg.data, cfg.val_data = (p and os.path.realpath(p) for p in (cfg.data, cfg.val_data))  # one text, one name
     size = sum(f.stat().st_size for p in (cfg.data, cfg.val_data) if p for f in text_files(p))
     source = [cfg.data or f"demo, seed {cfg.seed}", cfg.val_data, cfg.val_documents, f"{size} bytes"]
+    source += ["cleaned", cfg.evaluations] * cfg.clean
     adopt_tokenizer(cfg, machine)
     if machine.first:
         if (borrowed / "meta.json").exists():
@@ -856,9 +1014,12 @@ def prepare(cfg, machine):
                 train, val = read_documents(cfg.data), list(read_documents(cfg.val_data, cfg.val_documents))
             else:
                 train, val = split_documents(cfg.data)
-            count = write_shards(folder, "train", tokenizer, hash, train)
+            cleaner = Cleaner(cfg.evaluations) if cfg.clean else None
+            count = write_shards(folder, "train", tokenizer, hash, cleaner.clean(train) if cleaner else train)
             held = write_shards(folder, "val", tokenizer, hash, val, most=2**40)
             meta = {"source": source, "tokens": count, "val_tokens": held, "tokenizer": hash}
+            if cleaner:
+                meta["cleaning"] = cleaner.report()
             write_whole(folder / "meta.json", json.dumps(meta))
             machine.print(f"data: {count:,} tokens for training, {held:,} for validation, in {time.time() - start:.1f} s")
     folder = Path(machine.gather(str(folder))[0])
@@ -1603,6 +1764,8 @@ class PrepareConfig:
     val_data: str = ""  # fixed validation text; empty holds out one document in a hundred
     val_documents: int = 0  # use only so many documents of val_data; 0 is all
     vocab_size: int = 2048  # of a tokenizer that has to be trained
+    clean: bool = False  # drop training documents that RULES in data.py says are junk, duplicates or evaluation items
+    evaluations: str = ""  # with --clean: files of evaluation items (.jsonl, .csv) or folders of them, with commas between
     seed: int = 1  # of the demo world, and of its packing
 
 

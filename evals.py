@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import DEMO, SPECIALS, TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, question, read_documents
-from data import read_lines, task_names, visible
+from data import DEMO, RULES, SPECIALS, TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, question
+from data import read_documents, read_lines, task_names, visible
 from gpt import command, latest, load_model, override, start_machine, write_whole
 from sample import Engine, Params
 
@@ -310,6 +310,9 @@ def record(out, machine, stage, figures, seconds=None, examples=None):
         "python": platform.python_version(),
     }
     report["examples"].setdefault(stage, {}).update(examples or {})
+    for meta in Path(out).glob("data/*/meta.json"):
+        if cleaning := json.loads(meta.read_text()).get("cleaning"):
+            report.setdefault("cleaning", {})[meta.parent.name] = cleaning
     write_whole(path, json.dumps(report, indent=1))
     write_whole(Path(out) / "report.html", page(out, report))
 
@@ -392,6 +395,12 @@ def page(out, report):
             lines = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in cells)
             header = "<tr><th>question</th><th>answer</th><th>expected</th><th></th></tr>"
             body.append(f"<details><summary>{e(task)}: some answers</summary><table>{header}{lines}</table></details>")
+    for name, cleaning in report.get("cleaning", {}).items():
+        lines = "<tr><th>dropped</th><th>documents</th><th>three beginnings</th></tr>"
+        for rule, count in cleaning["dropped"].items():
+            shown = "".join(f"<div>{e(text)}</div>" for text in cleaning["examples"][rule])
+            lines += f"<tr><th>{e(rule)}: {e(RULES.get(rule, ''))}</th><td>{count:,}</td><td>{shown}</td></tr>"
+        body.append(f"<h2>Cleaning</h2><p>{e(name)}: {cleaning['kept']:,} documents kept</p><table>{lines}</table>")
     machine = ", ".join(f"{k} {v}" for k, v in report["machine"].items())
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>onesitting: {e(str(Path(out).resolve().name))}</title>

@@ -35,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1619,6 +1620,64 @@ def test_documents_in_a_text_longer_than_a_block(tmp_path):
     texts = ["a" * 5_000_000, "b\n" * 3_000_000, "c", "d" * 100 + "\n"]
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
     assert list(data.read_documents(tmp_path)) == texts
+
+
+def test_cleaning_finds_what_was_planted(tmp_path, tokenizer, capsys):
+    """A duplicate, an evaluation item in other clothes, and junk of each kind; what is dropped is counted and shown."""
+    rng = random.Random(4)
+    vocabulary = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))) for _ in range(3000)]
+    written = lambda n: " ".join(rng.choices(vocabulary, k=n)) + "."
+    good = [written(rng.randint(40, 200)) for _ in range(300)]
+    item, other = written(20), written(20)
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "a.jsonl").write_bytes(jsonl([{"query": item, "choices": ["a", "b"]}]))
+    (tmp_path / "task" / "b.csv").write_text(f'{other},"x",y\n')
+    loud = ", ".join(item.upper().split()[2:15])
+    planted = {
+        "evaluation": [f"{written(60)} {loud} {written(60)}", f"{written(50)} {other}"],
+        "duplicate": [good[7], good[200]],
+        "repetition": ["buy it now and here " * 50, "\n".join([written(9), written(30)] * 3)],
+        "symbols": ["<%$#@!> " * 40 + written(20)],
+        "length": ["too short", "long " * 300_000],
+    }
+    almost = [f"{written(40)} {' '.join(item.split()[2:14])} {written(40)}", f"{good[7]} "]  # 12 words; another text
+    documents = good + almost + [text for texts in planted.values() for text in texts]
+    cleaner = data.Cleaner(str(tmp_path / "task"))
+    for size in (10**4, 10**9):
+        cleaner = data.Cleaner(str(tmp_path / "task"))
+        assert sorted(cleaner.clean(iter(documents), size)) == sorted(good + almost)
+        assert cleaner.dropped == {rule: len(planted[rule]) for rule in data.RULES} and cleaner.kept == 302
+    (tmp_path / "text.jsonl").write_bytes(jsonl({"text": text} for text in documents))
+    (tmp_path / "val.txt").write_text(good[0])
+    tokenizer.save(str(tmp_path / "out" / "tokenizer"))
+    cfg = data.PrepareConfig(str(tmp_path / "out"), data=str(tmp_path / "text.jsonl"), val_data=str(tmp_path / "val.txt"))
+    cfg.clean, cfg.evaluations = True, str(tmp_path / "task")
+    train = data.prepare(cfg, CPU)[2]
+    assert (np.concatenate(train.arrays) == tokenizer.special("<|bos|>")).sum() == 302
+    evals.record(tmp_path / "out", CPU, "base", {"bpb": 1.0})
+    page, printed = (tmp_path / "out" / "report.html").read_text(), capsys.readouterr().out
+    assert "302 documents kept" in page and "&lt;%$#@!&gt;" in page and "302 of 311 documents kept" in printed and "| too short" in printed
+    assert all(re.search(rf"{rule} +{len(texts)} dropped", printed) for rule, texts in planted.items())
+    cfg.clean = False
+    with pytest.raises(SystemExit, match="choose another --out=DIR"):
+        data.prepare(cfg, CPU)
+
+
+def test_a_set_of_numbers_takes_16_bytes_each():
+    rng, seen, known = np.random.default_rng(0), data.Seen(), set()
+    for n in [1, 1, 1000, 3, 70_000, 5000, 5000, 200_000, 7]:
+        numbers = rng.integers(0, 150_000, n, dtype=np.uint64)
+        want = [not (x in known or known.add(x)) for x in numbers.tolist()]
+        assert seen.add(numbers).tolist() == want
+        assert sum(level.nbytes for level in seen.levels) == 8 * len(known)
+    assert len(seen.levels) < 20
+    many = data.Seen()
+    tracemalloc.start()
+    for i in range(64):
+        many.add(rng.integers(0, 2**63, 2**14, dtype=np.uint64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * 2**20 + 2**20  # and what one batch needs
 
 
 # -----------------------------------------------------------------------------
