@@ -18,7 +18,7 @@ nothing needs a cursor to be saved and resumed.
 
 To add a special token, rename the next spare in SPECIALS. To split text in another way before merging, edit
 SPLIT. To add a task, write a class with `items` and `grade` and name it in TASKS. To change what the chat model
-of the demo is taught, edit `exchange`.
+of the demo is taught, edit `exchange`; what one learns from public conversations and in which shares, MIXTURE.
 """
 
 import bisect
@@ -1132,20 +1132,61 @@ def text_of(messages):
     return " ".join(c if isinstance(c, str) else " ".join(p["text"] for p in c) for c in contents)
 
 
+def messages_of(item):
+    """The messages of a line in one of the public forms, as `render` takes them; None for one that is to be passed over."""
+    if "conversations" in item:  # SlimOrca
+        roles = {"system": "system", "human": "user", "gpt": "assistant"}
+        return [{"role": roles[m["from"]], "content": m["value"]} for m in item["conversations"] if m["value"] or m["from"] != "system"]
+    if "data" in item:  # UltraChat
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(item["data"])]
+    if "instruction" in item:  # Dolly
+        context = f"\n\n{item['context']}" if item.get("context") else ""
+        return [{"role": "user", "content": item["instruction"] + context}, {"role": "assistant", "content": item["response"]}]
+    if "prompt" in item:  # OASST2: of each message's replies, the one that people ranked first
+        messages, turn = [], item["prompt"]
+        while turn:
+            messages.append({"role": {"prompter": "user"}.get(turn["role"], turn["role"]), "content": turn["text"]})
+            replies = [r for r in turn.get("replies") or [] if r["lang"] == "en" and not r.get("deleted")]
+            turn = min(replies, key=lambda r: 10**6 if r.get("rank") is None else r["rank"], default=None)
+        return messages if item["prompt"]["lang"] == "en" and len(messages) > 1 else None
+    if isinstance(item.get("question"), str) and isinstance(item.get("answer"), str):  # GSM8K
+        return [{"role": "user", "content": item["question"]}, {"role": "assistant", "content": Gsm8k.parts(item["answer"])}]
+    return item["messages"]
+
+
+def conversations_in(file):
+    """Yield (messages, where, whether the form is our own) of each line of a .jsonl, or row of one of MMLU's .csv."""
+    if file.suffix == ".csv":
+        for row in Mmlu.read(file):
+            item = Choice.item(*row)
+            yield [*item["messages"], {"role": "assistant", "content": item["answer"]}], file, False
+        return
+    for where, item in read_lines(file):
+        own = not isinstance(item, dict) or not item.keys() & {"conversations", "data", "instruction", "prompt"}
+        try:
+            messages = messages_of(item)
+        except (KeyError, TypeError, AttributeError, IndexError):
+            messages = None
+        yield usable(messages), f"{where}: {ascii(item)[:80]}", own
+
+
 def read_conversations(paths):
     """The conversations of .jsonl files or folders of them, also as .gz, with commas between: lists of messages.
 
-    A line is {"messages": [{"role", "content"}, ...]} as `render` takes them, or {"question", "answer"} as in GSM8K.
+    A line is {"messages": [{"role", "content"}, ...]} as `render` takes them, or has the form that GSM8K, SlimOrca,
+    UltraChat, OASST2 or Dolly are published in; of the last four, what cannot be used is passed over.
     Raises SystemExit naming file and line.
     """
     chats = []
     for file in (f for path in paths.split(",") for f in text_files(path, ("jsonl",))):
         try:
-            for where, item in read_lines(file):
-                if isinstance(item, dict) and isinstance(item.get("question"), str) and isinstance(item.get("answer"), str):
-                    reply = Gsm8k.parts(item["answer"])
-                    item = {"messages": [{"role": "user", "content": item["question"]}, {"role": "assistant", "content": reply}]}
-                chats.append(checked(item, where))
+            for messages, where, own in conversations_in(file):
+                if messages:
+                    chats.append(messages)
+                elif own:
+                    form = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}'
+                    where, _, got = where.partition(": ")
+                    raise SystemExit(f"{where}: wanted {form}, perhaps a system message first, users and assistants in turn; got {got}")
         except BROKEN as error:
             raise unreadable(file, error)
     if not chats:
@@ -1153,8 +1194,8 @@ def read_conversations(paths):
     return chats
 
 
-def checked(item, where):
-    """The messages of a conversation from a file, or one line that says what is wrong with it."""
+def usable(messages):
+    """The messages of a conversation from a file, without a last question that nobody answers; None if they are not well formed."""
 
     def well_formed(content):
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -1163,16 +1204,52 @@ def checked(item, where):
         return all(part["type"] in ("text", "python", "output") for part in parts)
 
     try:
-        messages = item["messages"]
         first = int(messages[0]["role"] == "system")
         roles = [m["role"] for m in messages[first:]]
         if "assistant" in roles and roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
             if all(well_formed(m["content"]) and (isinstance(m["content"], str) or m["role"] == "assistant") for m in messages):
-                return messages[: len(messages) - len(roles) % 2]  # a last question without an answer teaches nothing
+                return messages[: len(messages) - len(roles) % 2]
     except (KeyError, TypeError, IndexError, AttributeError, UnicodeEncodeError):
         pass
-    form = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}'
-    raise SystemExit(f"{where}: wanted {form}, perhaps a system message first, users and assistants in turn; got {ascii(item)[:80]}")
+    return None
+
+
+MIXTURE = {  # what a chat model learns from: share of the conversations, and where they come from; add your own here
+    "slimorca": (0.30, "slimorca*.jsonl"),  # files in the folder that `python data.py download --out=FOLDER` filled
+    "ultrachat": (0.30, "ultrachat*.jsonl"),
+    "oasst2": (0.05, "oasst2*.jsonl.gz"),
+    "dolly": (0.05, "dolly*.jsonl"),
+    "gsm8k": (0.08, "gsm8k_train.jsonl"),
+    "mmlu": (0.12, "data/auxiliary_train/*.csv"),
+    "counting": (0.05, None),  # made by `exchange`
+    "spelling": (0.04, None),
+    "talk": (0.01, None),  # who it is
+}
+
+
+def mixture(folder, count, seed):
+    """About `count` conversations by the shares of MIXTURE. Sources that are too small repeat; those not there are named."""
+    chats, missing = [], []
+    for name, (share, pattern) in MIXTURE.items():
+        rng, wanted, kept, met = random.Random(f"{name} {seed}"), round(share * count), [], 0
+        if pattern is None:
+            pairs = (exchange(rng, name) for _ in range(wanted))
+            chats += ([{"role": "user", "content": question}, {"role": "assistant", "content": reply}] for question, reply in pairs)
+            continue
+        for messages in (m for file in sorted(Path(folder).glob(pattern)) for m, *_ in conversations_in(file) if m):
+            met += 1  # a fair sample in one pass: the n-th comes in with the chance wanted / n
+            if len(kept) < wanted:
+                kept.append(messages)
+            elif (place := rng.randrange(met)) < wanted:
+                kept[place] = messages
+        if not met:
+            missing.append(name)
+        chats += (kept * (wanted // max(1, len(kept)) + 1))[:wanted]
+    if len(missing) == sum(pattern is not None for _, pattern in MIXTURE.values()):
+        raise SystemExit(f"{folder} has none of {', '.join(missing)}; `python data.py download --source=dolly --out={folder}` brings one")
+    if missing:
+        print(f"note: {folder} has no {', '.join(missing)}; the mixture goes without")
+    return chats
 
 
 def chat_set(chats, tokenizer, T):
@@ -1190,9 +1267,9 @@ def chat_set(chats, tokenizer, T):
             tokens, mask = render(messages, tokenizer)
         if len(tokens) > T + 1:
             tokens, mask = [bos, *tokens[-T:]], [False, *mask[-T:]]
-        ids += tokens
-        masks += mask
-    return TokenSet([np.array(ids, np.uint16)], bos, [np.array(masks, bool)], cut=False)
+        ids.append(np.array(tokens, np.uint16))
+        masks.append(np.array(mask, bool))
+    return TokenSet([np.concatenate(ids)], bos, [np.concatenate(masks)], cut=False)
 
 
 # -----------------------------------------------------------------------------
@@ -1485,9 +1562,9 @@ def demo_texts(seed, split="train", count=40000):
     return texts
 
 
-def exchange(rng):
-    """One question and its answer, of what the chat model is taught."""
-    kind = rng.choices(["facts", "counting", "sums", "problems", "talk", "stories"], [14, 31, 14, 16, 15, 10])[0]
+def exchange(rng, kind=""):
+    """One question and its answer, of what the chat model is taught; of one kind, or of all."""
+    kind = kind or rng.choices(["facts", "counting", "sums", "problems", "talk", "stories"], [14, 31, 14, 16, 15, 10])[0]
     if kind == "facts":
         item = Facts.items("train", rng.random(), 1)[0]
         reply = ANSWERS[item["relation"]].format(c=item["country"], v=item["answer"])
@@ -1496,6 +1573,9 @@ def exchange(rng):
         item = Counting.items("train", rng.random(), 1)[0]
         word, letter, n = item["word"], item["letter"], item["answer"]
         return item["messages"][0]["content"], with_tool(f' "{word}".count("{letter}")', n, f"The answer is {n}.")
+    if kind == "spelling":
+        word, _ = some_word(rng, "train")
+        return f'Spell the word "{word}".', "-".join(word)
     if kind in ("sums", "problems"):
         op = rng.choice("+-*/")
         a, b = some_numbers(rng, op, "train")
@@ -1705,13 +1785,19 @@ class Mmlu(Choice):
         split, rows = {"train": "auxiliary_train"}.get(split, split), []
         folder = public_file("mmlu", files, f"data/{split}", f"mmlu/{split}", split)
         for file in sorted(folder.glob("*.csv")):
-            with open(file, newline="", encoding="utf-8") as f:
-                for number, row in enumerate(csv.reader(f), 1):
-                    if len(row) != 6 or row[5] not in "ABCD":
-                        raise SystemExit(f"{file} row {number}: wanted a question, four answers and a letter; got {ascii(row)[:60]}")
-                    rows.append((row[0], row[1:5], "ABCD".index(row[5])))
+            rows += Mmlu.read(file)
         if not rows:
             raise SystemExit(f"{folder} holds no .csv file")
+        return rows
+
+    def read(file):
+        """(question, choices, place of the right one) of each row of a .csv."""
+        rows = []
+        with open(file, newline="", encoding="utf-8") as f:
+            for number, row in enumerate(csv.reader(f), 1):
+                if len(row) != 6 or row[5] not in ("A", "B", "C", "D"):
+                    raise SystemExit(f"{file} row {number}: wanted a question, four answers and a letter; got {ascii(row)[:60]}")
+                rows.append((row[0], row[1:5], "ABCD".index(row[5])))
         return rows
 
     def items(split, seed, count, files=""):

@@ -1254,6 +1254,56 @@ CHAT = [
 ]
 
 
+def write_public_conversations(folder, count=30):
+    """Each public source in the form it is published in, under the names that a download gives."""
+    turn = lambda role, text, *replies, **more: {"role": role, "text": text, "lang": "en", "replies": list(replies), **more}
+    rows = {
+        "slimorca.jsonl": lambda i: {"conversations": [{"from": f, "value": f"orca {f} {i}"} for f in ("system", "human", "gpt")]},
+        "ultrachat_3.jsonl": lambda i: {"id": str(i), "data": [f"ultra {i}.{j}" for j in range(5)]},
+        "dolly.jsonl": lambda i: {"instruction": f"dolly {i}", "context": "above" if i % 2 else "", "response": "so", "category": "qa"},
+        "gsm8k_train.jsonl": lambda i: {"question": f"gsm {i}", "answer": "48/2 = <<48/2=24>>24\n#### 24"},
+    }
+    for name, row in rows.items():
+        (folder / name).write_bytes(jsonl(row(i) for i in range(count)))
+    worse, best = turn("assistant", "worse", rank=1), turn("assistant", "best", turn("prompter", "why?", turn("assistant", "so", rank=None)), rank=0)
+    foreign = turn("assistant", "besser", rank=0) | {"lang": "de"}
+    trees = [{"message_tree_id": i, "prompt": turn("prompter", f"tree {i}", worse, foreign, best)} for i in range(count)]
+    trees += [{"prompt": turn("prompter", "hallo", best) | {"lang": "de"}}, {"prompt": turn("prompter", "nobody answers")}]
+    (folder / "oasst2.jsonl.gz").write_bytes(gzip.compress(jsonl(trees)))
+    (folder / "data" / "auxiliary_train").mkdir(parents=True)
+    (folder / "data" / "auxiliary_train" / "law.csv").write_text("".join(f"mmlu {i},u,v,w,x,C\n" for i in range(count)))
+
+
+def test_public_conversations_are_read_and_mixed(tmp_path, tokenizer, capsys):
+    write_public_conversations(tmp_path)
+    said = {}
+    for messages in data.mixture(tmp_path, 400, 1):
+        data.render(messages, tokenizer)
+        contents = [m["content"] for m in messages]
+        said.setdefault(contents[0].split()[0], []).append((len(messages), contents[-1]))
+    for word, share, last in [("orca", 0.3, "orca gpt"), ("ultra", 0.3, ".3"), ("dolly", 0.05, "so"), ("tree", 0.05, "so"), ("mmlu", 0.12, "C")]:
+        assert len(said[word]) == round(400 * share) and all(last in content for _, content in said[word]), word
+    assert {n for n, _ in said["orca"]} == {3} and {n for n, _ in said["ultra"]} == {4} and {n for n, _ in said["tree"]} == {4}
+    assert len(said["gsm"]) == 32 and {"type": "python", "text": "48/2"} in said["gsm"][0][1]
+    assert said["Spell"] and all(re.fullmatch("[a-z](-[a-z])+", content) for _, content in said["Spell"])
+    assert data.mixture(tmp_path, 400, 1) == data.mixture(tmp_path, 400, 1) != data.mixture(tmp_path, 400, 2)
+    assert "note" not in capsys.readouterr().out
+    (tmp_path / "dolly.jsonl").rename(tmp_path / "away")
+    assert len(data.mixture(tmp_path, 400, 1)) == 380 and "has no dolly" in capsys.readouterr().out
+    assert len(data.read_conversations(f"{tmp_path}/slimorca.jsonl,{tmp_path}/oasst2.jsonl.gz")) == 60
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SystemExit, match="has none of slimorca.*data.py download"):
+        data.mixture(tmp_path / "none", 400, 1)
+
+
+def test_a_stage_learns_from_the_mixture(tiny_run, tmp_path):
+    write_public_conversations(tmp_path)
+    out = f"--out={tmp_path / 'out'}"
+    printed = run("sft.py", out, f"--from={tiny_run}", f"--mix={tmp_path}", "--mix_count=200", *TINY_SFT, "--chats=0", "--steps=2")[1]
+    assert "fine-tuning: 200 conversations" in printed
+    assert "there is nothing to learn from" in run("sft.py", out + "2", f"--from={tiny_run}", "--chats=0", check=False)[1]
+
+
 def test_chat_template(tokenizer):
     ids, mask = data.render(CHAT, tokenizer)
     own = {tokenizer.special(name) for name in SPECIALS[9:]}  # tokens of an experiment may come in between
