@@ -308,7 +308,7 @@ class Fetcher:
                 raise Fault("a web page instead of data")
             if reply.status_code == 200:
                 if first or last is not None:
-                    raise Unusable(f"{url.split('/')[2]} serves no byte ranges")
+                    raise Fault("a whole file instead of a range of bytes")
                 have, total = 0, length
                 if length is None and reply.headers.get("Transfer-Encoding") != "chunked":
                     raise Fault("the reply does not say how long it is")
