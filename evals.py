@@ -30,7 +30,7 @@ import torch
 
 from data import DEMO, RULES, SPECIALS, TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, question
 from data import read_documents, read_lines, task_names, visible
-from gpt import command, latest, load_model, override, start_machine, write_whole
+from gpt import KVCache, command, latest, load_model, override, start_machine, write_whole
 from sample import Engine, Params
 
 
@@ -219,26 +219,61 @@ def core_scores(model, spans, device, greedy):
     return scores
 
 
+@torch.inference_mode()
+def choice_scores(model, groups, device):
+    """The mean losses of several items' choices: a group is one item's (ids, first, end), equal up to `first`.
+
+    What the choices share, which with ten shots is nearly all, is read once into a cache, and then each choice's own end.
+    """
+    order, scores = sorted(range(len(groups)), key=lambda g: max(end for _, _, end in groups[g])), [[] for _ in groups]
+    while order:
+        N = max(end for _, _, end in groups[order[-1]])
+        some, order = order[-max(1, BUDGET[torch.device(device).type] // N) :], order[: -max(1, BUDGET[torch.device(device).type] // N)]
+        cache = KVCache(model.cfg, len(some), N, device, model.dtype)
+        prefix = torch.zeros(len(some), max(groups[g][0][1] for g in some), dtype=torch.long)
+        for b, g in enumerate(some):
+            tokens, first, _ = groups[g][0]
+            prefix[b, :first] = torch.tensor(tokens[:first])
+        model(prefix.to(device), cache=cache, pos=torch.zeros(len(some), dtype=torch.long, device=device), fill=True)
+        for c in range(max(len(groups[g]) for g in some)):
+            spans = [(b, g, *groups[g][c]) for b, g in enumerate(some) if c < len(groups[g])]
+            width = max(1, max(end - first for *_, first, end in spans))
+            ids, targets = torch.zeros(2, len(some), width, dtype=torch.long).unbind()
+            targets[:], pos = -1, torch.zeros(len(some), dtype=torch.long)
+            for b, g, tokens, first, end in spans:  # the last shared token foretells the first that differs
+                pos[b] = at = min(first - 1, N - width)  # rows near the end read a little of what is shared again
+                tail = torch.tensor(tokens[at : at + width])
+                ids[b, : len(tail)] = tail
+                targets[b, first - 1 - at : end - 1 - at] = torch.tensor(tokens[first:end])
+            ids, targets = ids.to(device), targets.to(device)
+            found = model(ids, targets, cache=cache, pos=pos.to(device)).double().sum(1) / (targets >= 0).sum(1)
+            for (b, g, *_), score in zip(spans, found[[b for b, *_ in spans]].tolist()):
+                scores[g].append(score)
+    return scores
+
+
 def core_task(model, tokenizer, machine, rows, shots, kind, delimiter):
     """Which items are answered rightly, in order, and how many had to be cut. All ranks call it and get the same."""
     T, bos, mine = model.cfg.seq_len, tokenizer.special("<|bos|>"), list(range(machine.rank, len(rows), machine.world))
     right, cut = {}, 0
     for at in range(0, len(mine), 1024):  # some at a time: ten shots of squad are 80 MB as tokens
-        items, spans, owners = mine[at : at + 1024], [], []
+        items, spans = mine[at : at + 1024], {}
         texts = [core_prompts(rows, i, shots, kind, delimiter) for i in items]
         ids, offsets = tokenizer.encode_batch([text for several in texts for text in several])
         ids, offsets = np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(int)
         encoded = ([bos, *ids[a:b].tolist()] for a, b in zip(offsets, offsets[1:]))
         for i, several in zip(items, texts):
+            spans[i] = []
             for tokens, first, end in core_spans([next(encoded) for _ in several], kind):
                 over = max(0, len(tokens) - T)  # of what is too long, the beginning is lost
                 cut += over > 0
-                spans.append((tokens[over:], max(1, first - over), max(1, end - over)))
-                owners.append(i)
-        scores = core_scores(model, spans, machine.device, kind == LM)
-        found = {i: [] for i in items}
-        for i, score in zip(owners, scores):
-            found[i].append(score)
+                spans[i].append((tokens[over:], max(1, first - over), max(1, end - over)))
+        # choices that were cut differently share nothing any more
+        alike = [i for i in items if kind == CHOICE and shared([tokens for tokens, *_ in spans[i]]) >= max(first for _, first, _ in spans[i])]
+        found = dict(zip(alike, choice_scores(model, [spans[i] for i in alike], machine.device)))
+        others = [(i, span) for i in items if i not in found for span in spans[i]]
+        for (i, _), score in zip(others, core_scores(model, [span for _, span in others], machine.device, kind == LM)):
+            found.setdefault(i, []).append(score)
         right |= {i: s[0] if kind == LM else s.index(min(s)) == rows[i]["gold"] for i, s in found.items()}
     merged = {i: value for part in machine.gather(right) for i, value in part.items()}
     return [int(merged[i]) for i in range(len(rows))], int(machine.sum(cut))

@@ -2058,6 +2058,19 @@ def test_core_is_shared_among_ranks(tokenizer, tmp_path):
         assert [len(part) for part in parts] == [3, 3, 2] and {i: int(v) for part in parts for i, v in part.items()} == dict(enumerate(want))
 
 
+def test_choices_that_share_their_beginning_score_as_each_alone():
+    model, rng, groups = small(seq_len=96), random.Random(5), []
+    for n in range(9):
+        beginning = [rng.randrange(300) for _ in range(rng.randint(1, 60))]
+        ends = [[3 * n + i] + [rng.randrange(300) for _ in range(rng.randint(0, 30))] for i in range(rng.randint(2, 4))]
+        groups.append([(beginning + end, len(beginning), len(beginning + end)) for end in ends])
+    scores = evals.choice_scores(model, groups, "cpu")
+    for group, several in zip(groups, scores):
+        for (ids, first, _), score in zip(group, several, strict=True):
+            loss = F.cross_entropy(model(torch.tensor([ids]))[0, first - 1 : -1], torch.tensor(ids[first:]))
+            assert abs(score - loss.item()) < 1e-4
+
+
 def test_greedy_scores_take_exact_continuations_only():
     model, rng, spans = small(seq_len=96), random.Random(3), []
     for n in range(12):
