@@ -5,7 +5,11 @@ tasks with their graders, and the demo world.
     python data.py demo --split=test --seed=7          # fresh items of every task of the demo world
     python data.py encode "Hello, 你好" --out=out       # how a text becomes pieces, ids and bytes
     python data.py prepare --data=FOLDER --out=out     # tokenizer and shards alone, without training
-    python data.py prepare --help                      # each of the three has knobs of its own
+    python data.py download --shards=4 --out=text      # ClimbMix; then --data=text/train --val_data=text/val
+    python data.py download --source=tinystories --out=stories
+    python data.py download --source=core --out=files  # and mmlu, gsm8k, humaneval, slimorca, ultrachat, oasst2, dolly
+    python data.py prepare --data=text/train --val_data=text/val --clean=1 --evaluations=files/eval_bundle
+    python data.py prepare --help                      # each of the four has knobs of its own
 
 Text is a file or folder of .txt, .jsonl or .json (field `text`), each also as .gz, or .parquet where pyarrow is
 installed. Conversations are .jsonl with `messages`. Token shards have the layout that llm.c and modded-nanogpt
@@ -14,29 +18,39 @@ nothing needs a cursor to be saved and resumed.
 
 To add a special token, rename the next spare in SPECIALS. To split text in another way before merging, edit
 SPLIT. To add a task, write a class with `items` and `grade` and name it in TASKS. To change what the chat model
-of the demo is taught, edit `exchange`.
+of the demo is taught, edit `exchange`; what one learns from public conversations and in which shares, MIXTURE.
 """
 
 import bisect
+import codecs
+import csv
+import email.utils
 import functools
 import gzip
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import random
 import re
+import shutil
+import tarfile
+import threading
 import time
 import zipfile
 import zlib
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
+import requests
 import torch
 from tok import PATTERN, Tokenizer
 
-from gpt import command, override, write_whole
+from gpt import command, lock_folder, override, start_machine, write_whole
 
 # -----------------------------------------------------------------------------
 # Tokenizer: the special tokens take the last ids, in this order; a new one takes the next spare's place
@@ -83,6 +97,8 @@ def adopt_tokenizer(cfg, machine):
 def text_files(path, kinds=("txt", "jsonl", "json", "parquet")):
     """The files of these kinds under a path, sorted by name."""
     path, known = Path(path), ", ".join(f".{kind}" for kind in kinds)
+    if not path.exists() and path.name in SOURCES:
+        raise SystemExit(f"first `python data.py download --source={path.name} --out=DIR`, then --data=DIR/train --val_data=DIR/val")
     if not path.exists():
         raise SystemExit(f"{path} does not exist; --data wants a file or folder of {known}, also as .gz")
     files = [path] if path.is_file() else sorted(f for k in kinds for end in ("", ".gz") for f in path.rglob(f"*.{k}{end}"))
@@ -138,18 +154,25 @@ def read_file(file):
             yield text_field(item, where)
     elif kind == "parquet":
         yield from read_parquet(file)
-    else:
+    elif kind == "json":
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
             content = f.read()
-        if kind == "json":
-            try:
-                items = json.loads(content)
-            except json.JSONDecodeError as error:
-                raise SystemExit(f"{file} is not JSON: {error}")
-            for number, item in enumerate(items if isinstance(items, list) else [items]):
-                yield text_field(item, f"{file} item {number}")
-        else:
-            yield from content.split("<|endoftext|>")
+        try:
+            items = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise SystemExit(f"{file} is not JSON: {error}")
+        for number, item in enumerate(items if isinstance(items, list) else [items]):
+            yield text_field(item, f"{file} item {number}")
+    else:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
+            begun = []  # the pieces of a document whose end is still to come
+            while block := f.read(2**22) + f.readline():  # up to a line's end, so that no <|endoftext|> is torn
+                first, *others = block.split("<|endoftext|>")
+                begun.append(first)
+                for text in others:
+                    yield "".join(begun)
+                    begun = [text]
+            yield "".join(begun)
 
 
 def read_parquet(file):
@@ -173,6 +196,519 @@ def text_field(item, where):
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise SystemExit(f"{where}: wanted an object with a string field `text`, got {ascii(item)[:60]}")
+
+
+# -----------------------------------------------------------------------------
+# Download: a file is there whole or not at all, and the same command goes on from what there is
+
+HF, RAW = "https://huggingface.co/datasets/", "https://raw.githubusercontent.com/"
+CLIMBMIX = [f"{HF}OptimalScale/ClimbMix/resolve/main/part_{i}.jsonl" for i in range(100)]
+C4 = HF + "allenai/c4/resolve/main/en/c4-{}.{:05}-of-{:05}.json.gz"
+STORIES, GSM8K = HF + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-", RAW + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c"
+PUBLIC = {  # word for --source: (file under --out, URL, sha256 where known) of each of its files
+    "tinystories": [("train/tinystories.txt", f"{STORIES}train.txt", ""), ("val/tinystories.txt", f"{STORIES}valid.txt", "")],
+    "gsm8k": [
+        ("gsm8k_train.jsonl", f"{GSM8K}/grade_school_math/data/train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+        ("gsm8k_test.jsonl", f"{GSM8K}/grade_school_math/data/test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+    ],
+    "core": [
+        (
+            "eval_bundle.zip",
+            "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip",
+            "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200",
+        )
+    ],
+    "mmlu": [("mmlu.tar", f"{HF}cais/mmlu/resolve/main/data.tar", "bec563ba4bac1d6aaf04141cd7d1605d7a5ca833e38f994051e818489592989b")],
+    "humaneval": [("HumanEval.jsonl.gz", RAW + "openai/human-eval/master/data/HumanEval.jsonl.gz", "")],
+    "slimorca": [("slimorca.jsonl", f"{HF}Open-Orca/SlimOrca/resolve/main/oo-labeled_correct.gpt4.sharegpt.jsonl", "")],
+    "ultrachat": [(f"ultrachat_{i}.jsonl", f"{HF}stingning/ultrachat/resolve/main/train_{i}.jsonl", "") for i in range(10)],
+    "oasst2": [
+        (
+            "oasst2.jsonl.gz",
+            f"{HF}OpenAssistant/oasst2/resolve/179dd21fc55192153d94adb0e0ce8f69e222bf75/2023-11-05_oasst2_ready.trees.jsonl.gz",
+            "7a886a16ccfc1173c4f00a6897523e3c95b2785a86ee44a18a98f4f2807ee29b",
+        )
+    ],
+    "dolly": [("dolly.jsonl", f"{HF}databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl", "")],
+}
+SOURCES = ["climbmix", "c4", *PUBLIC]
+FETCHERS = 8  # requests at once
+
+
+class Fault(Exception):
+    """A reply that cannot be used; the next one may be better."""
+
+
+class Unusable(Exception):
+    """What a host sends cannot be used, however often it is asked."""
+
+
+class Fetcher:
+    """Fetches byte ranges of URLs into files. Threads share one.
+
+    mirror    stands before the host's name: https://host/path is asked for as mirror/host/path
+    wait      seconds before the first repetition, doubled up to a minute; what a host asks for goes first
+    patience  seconds without a byte after which a connection is given up
+    """
+
+    RETRIES = 8  # in a row, without a new byte between them
+
+    def __init__(self, mirror="", wait=1.0, patience=60.0):
+        self.mirror, self.wait, self.patience = mirror.rstrip("/"), wait, patience
+        self.session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=FETCHERS))
+        self.links = {}  # URL: the signed link that its host led to, reused until it is refused
+        self.not_before = 0.0  # when a host that was asked too often may be asked again
+        self.stop, self.count = threading.Event(), threading.Lock()
+        self.received, self.expected = 0, {}  # bytes so far; of each thing that was begun, the bytes it has in all
+
+    def rest(self, seconds):
+        if self.stop.wait(seconds):
+            raise Unusable("stopped")
+
+    def ask(self, url, first, last):
+        """One request for bytes first..last: a reply of status 200, 206 or 416, whose body is still to be read."""
+        while (pause := self.not_before - time.time()) > 0:
+            self.rest(pause + random.random() * self.wait)  # not all at once
+        link = self.links.get(url) or (f"{self.mirror}/{url.split('://', 1)[1]}" if self.mirror else url)
+        # without `identity`, some hosts compress on the way, and lengths mean nothing
+        headers = {"Range": f"bytes={first}-{'' if last is None else last}", "Accept-Encoding": "identity"}
+        reply = self.session.get(link, headers=headers, stream=True, timeout=(10, self.patience))
+        status = reply.status_code
+        if status in (200, 206, 416):
+            if reply.history:
+                self.links[url] = reply.url
+            if reply.headers.get("Content-Encoding", "identity") != "identity":
+                raise Fault("the body is compressed on the way")
+            return reply
+        reply.close()
+        refused = self.links.pop(url, None) and 400 <= status < 500  # a signed link that has expired: ask for another
+        if status in (429, 503) and (seconds := retry_after(reply.headers)):
+            if time.time() + seconds > self.not_before + 1:
+                print(f"  {url.split('/')[2]} asks to wait for {seconds:.0f} s", flush=True)
+            self.not_before = max(self.not_before, time.time() + seconds)
+        elif 400 <= status < 500 and status not in (408, 425, 429) and not refused:
+            raise Unusable(f"{url} answers {status} {reply.reason}")
+        raise Fault(f"status {status} {reply.reason}")
+
+    def receive(self, url, path, first, last, have):
+        """Append to `path` what one reply brings of bytes first..last. Returns the size of all that the URL has."""
+        with self.ask(url, first + have, last) as reply:
+            said = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)", reply.headers.get("Content-Range", ""))
+            total, length = said and int(said[3]), reply.headers.get("Content-Length")
+            length = int(length) if length and length.isdigit() else None
+            if reply.status_code == 416:
+                if total == first + have or (total is not None and not have):  # there is no more, or never was so much
+                    path.touch()
+                    return total
+                path.unlink(missing_ok=True)
+                raise Fault("the file has become shorter")
+            if "text/html" in reply.headers.get("Content-Type", "") and not url.endswith((".html", ".htm")):
+                raise Fault("a web page instead of data")
+            if reply.status_code == 200:
+                if first or last is not None:
+                    raise Fault("a whole file instead of a range of bytes")
+                have, total = 0, length
+                if length is None and reply.headers.get("Transfer-Encoding") != "chunked":
+                    raise Fault("the reply does not say how long it is")
+            elif not said or not said[1] or int(said[1]) != first + have or (last is not None and int(said[2]) > last):
+                raise Fault(f"asked for bytes {first + have}-{'' if last is None else last}, got {reply.headers.get('Content-Range')!r}")
+            else:
+                wanted = int(said[2]) - int(said[1]) + 1
+                if length not in (None, wanted):
+                    raise Fault(f"{wanted} bytes are promised, and {length} announced")
+                length = wanted
+            self.expected.setdefault((url, first), length or 0)
+            with open(path, "ab") as f:
+                f.truncate(have)
+                reply.raw.enforce_content_length = False  # or it keeps what came before a connection broke to itself
+                for block in reply.iter_content(2**18):
+                    if self.stop.is_set():
+                        raise Unusable("stopped")
+                    f.write(block)
+                    with self.count:
+                        self.received += len(block)
+                got = f.tell() - have
+                if length is not None and got > length:
+                    f.truncate(have)
+            end = total if last is None else min(total, last + 1)
+            if (length is not None and got != length) or (end is not None and first + have + got != end):
+                raise Fault(f"{got:,} bytes came where {length:,} were announced")
+            return total
+
+    def fetch(self, url, path, first=0, last=None):
+        """Bring bytes first..last of a URL (to its end without last) to file `path`, after those it holds already.
+
+        Returns the size of all that the URL has, None where the host does not say. Raises Unusable.
+        """
+        tries, most = 0, 0
+        if last is not None and path.exists() and path.stat().st_size > last - first:
+            path.unlink()  # complete, but the size of the whole was lost with the process
+        while True:
+            have = path.stat().st_size if path.exists() else 0
+            try:
+                return self.receive(url, path, first, last, have)
+            except (Fault, requests.RequestException) as error:
+                reason = str(error) if isinstance(error, Fault) else type(error).__name__
+            have = path.stat().st_size if path.exists() else 0
+            tries, most = (1 if have > most else tries + 1), max(have, most)
+            if tries > self.RETRIES:
+                raise Unusable(f"{url}: {reason}, {tries} times in a row")
+            self.rest(min(60, self.wait * 2 ** (tries - 1)) * (0.5 + random.random()))
+
+    def file(self, url, path, sha256=""):
+        """Bring a whole file to `path`, verified. Raises Unusable."""
+        part = path.with_name(path.name + ".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(3):
+            self.fetch(url, part)
+            wrong = wrong_content(part, path.name, sha256)
+            if not wrong:
+                settle(part, path)
+                return
+            part.unlink()
+        raise Unusable(f"{url}: {wrong}")
+
+    def slice(self, url, path, first, size):
+        """Bring the whole lines among bytes first..first+size of a .jsonl to `path`, of each its `text` alone."""
+        part = path.with_name(path.name + ".bytes")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        total = self.fetch(url, part, first, first + size - 1) or 0
+        content = part.read_bytes()
+        begin = content.find(b"\n") + 1 if first else 0  # the line before it began in the slice before
+        end = len(content) if first + len(content) >= total else content.rfind(b"\n") + 1
+        lines = [line for line in content[begin:end].split(b"\n") if line.strip()]
+        texts = []
+        for line in lines:
+            try:
+                texts.append(json.dumps({"text": text_field(json.loads(line), url)}, ensure_ascii=False) + "\n")
+            except (ValueError, SystemExit):
+                pass
+        if len(texts) < 0.99 * len(lines):
+            part.unlink()
+            raise Unusable(f"{url}: of {len(lines)} lines, {len(lines) - len(texts)} are no JSON with a field `text`")
+        write_whole(path, "".join(texts))
+        part.unlink()
+
+
+def retry_after(headers):
+    """Seconds that a host asks to wait, from Retry-After (seconds or a date) or RateLimit's t=; 0 if it does not say."""
+    said, limit = headers.get("Retry-After", ""), re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
+    try:
+        return float(said) if said.isdigit() or not said else max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
+    except ValueError:
+        return float(limit[1]) if limit else 0.0
+
+
+def wrong_content(file, name, sha256=""):
+    """What is wrong with a file that was brought as `name`, in a few words, or an empty string."""
+    if sha256:
+        with open(file, "rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+        if found != sha256:
+            return f"its sha256 is {found[:16]}..., not {sha256[:16]}..."
+    with open(file, "rb") as f:
+        head = f.read(256).lstrip().lower()
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page instead of data"
+    if not head:
+        return "it is empty"
+    kind = name.removesuffix(".gz").rsplit(".", 1)[-1]
+    try:
+        if kind == "zip":
+            return zipfile.ZipFile(file).testzip() or ""
+        with (gzip.open if name.endswith(".gz") else open)(file, "rb") as f:
+            if kind == "jsonl":
+                for line in f:
+                    if line.strip():
+                        json.loads(line)
+            elif kind == "json":
+                json.load(f)
+            else:
+                decoder = codecs.getincrementaldecoder("utf-8")()
+                while block := f.read(2**20):
+                    if kind == "txt":
+                        decoder.decode(block)
+    except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        return f"it is damaged ({type(error).__name__}: {str(error)[:60]})"
+    return ""
+
+
+def settle(part, path):
+    """A complete file takes its name."""
+    with open(part, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def shuffle_lines(folder, path, seed):
+    """The lines of all files in a folder, in random order, as the file `path`; the folder goes."""
+    files = [file for file in sorted(folder.iterdir()) if file.stat().st_size]
+    maps = [np.memmap(file, np.uint8, "r") for file in files]
+    ends = [np.flatnonzero(m == 10) + 1 for m in maps]
+    lines = [(i, start, end) for i, e in enumerate(ends) for start, end in zip([0, *e[:-1].tolist()], e.tolist())]
+    random.Random(seed).shuffle(lines)
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "wb", 2**20) as f:
+        for i, start, end in lines:
+            f.write(maps[i][start:end].data)
+    settle(part, path)
+    shutil.rmtree(folder)
+    return len(lines)
+
+
+def climbmix_plan(fetcher, folder, shards, size):
+    """What is to be done for ClimbMix: (file, [calls that bring its pieces], call that makes it of them) each.
+
+    The parts are sorted by topic. So shard k is slice k of every part, its lines in random order, and so is the
+    validation text, which is a short slice at the start of each.
+    """
+    spans = {"val/climbmix.jsonl": (0, max(1, size // 64))}
+    spans |= {f"train/climbmix_{k:05}.jsonl": (max(1, size // 64) + k * size, size) for k in range(shards)}
+    plan = []
+    for name, span in spans.items():
+        pieces = folder / f"{Path(name).stem}_{Path(name).parent}.slices"
+        calls = [(fetcher.slice, url, pieces / f"{i:03}", *span) for i, url in enumerate(CLIMBMIX) if not (pieces / f"{i:03}").exists()]
+        plan.append((folder / name, calls, (shuffle_lines, pieces, folder / name, name)))
+    return plan
+
+
+def files_plan(fetcher, folder, files):
+    return [(folder / name, [(fetcher.file, url, folder / name, sha256)], None) for name, url, sha256 in files]
+
+
+def carry_out(fetcher, plan, what):
+    """Do what a plan says, its files in order, and say every few seconds how far it is. Raises Unusable."""
+    todo = [entry for entry in plan if not entry[0].exists()]
+    start = said = time.time()
+    calls = sum(len(entry[1]) for entry in todo)
+    fetcher.received, fetcher.expected = 0, {}
+
+    def progress():
+        sizes, rate = list(fetcher.expected.values()), max(1, fetcher.received) / max(0.01, time.time() - start)
+        total = max(fetcher.received, sum(sizes) / max(1, len(sizes)) * calls)  # what was not begun counts as the mean of what was
+        return f"{fetcher.received / 1e6:,.0f} of about {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, {(total - fetcher.received) / rate:,.0f} s left"
+
+    pool = ThreadPoolExecutor(FETCHERS)
+    try:
+        futures = [[pool.submit(*call) for call in calls] for _, calls, _ in todo]
+        for i, ((path, _, finish), pending) in enumerate(zip(todo, futures)):
+            while pending:
+                done, pending = wait(pending, 1, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                if time.time() > said + 10:
+                    said = time.time()
+                    print(f"  {what}: {progress()}", flush=True)
+            if finish and not finish[0](*finish[1:]):
+                path.unlink()
+                raise Unusable(f"{what} has no more than that: {path.name} would be empty")
+            print(f"  {path} ({path.stat().st_size / 1e6:,.1f} MB), {i + 1} of {len(todo)}; {progress()}", flush=True)
+    finally:
+        fetcher.stop.set()
+        pool.shutdown(cancel_futures=True)
+        fetcher.stop.clear()
+
+
+def download(cfg):
+    """Bring cfg.source to cfg.out: text as train/ and val/, other data as its files."""
+    folder, size, note = Path(cfg.out), max(1, round(cfg.slice_mb * 2**20)), Path(cfg.out) / "source.json"
+    urls = cfg.source.split(",")
+    names = [unquote(urlsplit(url).path.rsplit("/", 1)[-1]) for url in urls]
+    if cfg.source not in SOURCES and not all(re.match("https?://[^/]+/", url) for url in urls):
+        raise SystemExit(f"there is no source {cfg.source!r}; there are {', '.join(SOURCES)}, and URLs with commas between")
+    if cfg.source not in SOURCES and (len(set(names)) < len(names) or not all(re.search(r"\.(txt|jsonl|json)(\.gz)?$|\.parquet$", n) for n in names)):
+        raise SystemExit(f"URLs have to end in names of their own with .txt, .jsonl, .json (also .gz) or .parquet; got {', '.join(names)}")
+    fetcher = Fetcher(cfg.mirror, cfg.wait, cfg.patience)
+    source, wanted = cfg.source, {"source": cfg.source, "slice": size}
+    was = json.loads(note.read_text()) if note.exists() else {}
+    if source == "climbmix" and was.get("instead_of") == "climbmix":
+        source = "c4"
+        print(f"{folder} holds C4, which stood in for ClimbMix; going on with it (another --out=DIR tries ClimbMix again)")
+    elif source == "climbmix" and was and was != wanted:
+        raise SystemExit(f"{folder} was made from {was['source']} in slices of {was['slice']} bytes, not from {source} in {size}; choose another --out=DIR")
+    try:
+        if source == "climbmix":
+            write_whole(note, json.dumps(wanted))
+            first, *others = climbmix_plan(fetcher, folder, cfg.shards, size)
+            try:
+                carry_out(fetcher, [first], "climbmix")  # validation takes a little of every part: if that works, all will
+            except Unusable as error:
+                shutil.rmtree(folder / "climbmix_val.slices", ignore_errors=True)
+                print(f"ClimbMix cannot be had ({error}): taking C4 instead", flush=True)
+                source = "c4"
+                write_whole(note, json.dumps(wanted | {"source": "c4", "instead_of": "climbmix"}))
+            else:
+                carry_out(fetcher, others, "climbmix")
+        if source == "c4":
+            files = [("val/c4.jsonl.gz", C4.format("validation", 0, 8), "")]
+            files += [(f"train/c4_{i:05}.jsonl.gz", C4.format("train", i, 1024), "") for i in range(min(1024, cfg.shards))]
+        elif source in PUBLIC:
+            files = PUBLIC[source]
+        elif source != "climbmix":
+            files = [(f"train/{name}", url, "") for name, url in zip(names, urls)]
+        if source != "climbmix":
+            carry_out(fetcher, files_plan(fetcher, folder, files), source if source in SOURCES else names[0])
+    except Unusable as error:
+        raise SystemExit(f"{error}; what was brought stays in {folder}, and the same command goes on from there")
+    for archive in (*folder.glob("*.zip"), *folder.glob("*.tar")):
+        shutil.unpack_archive(archive, folder, **({"filter": "data"} if archive.suffix == ".tar" and hasattr(tarfile, "data_filter") else {}))
+    print(f"{source}: all there, in {folder}")
+
+
+# -----------------------------------------------------------------------------
+# Cleaning, where asked for: rules by which a document is dropped, in this order, each counted
+
+RULES = {
+    "length": "shorter than 100 characters or longer than a million",
+    "symbols": "more than 3 bytes in 10 are neither letters nor digits nor spaces",
+    "repetition": "more than 3 characters in 10 stand in lines it has already had, or its first 20,000 bytes pack to under a tenth",
+    "duplicate": "the same text came before",
+    "evaluation": "13 words in a row are those of an evaluation item",
+}
+ALNUM = bytes(c for c in range(256) if c >= 128 or chr(c).isalnum())  # letters beyond ASCII are letters
+WORDS_ONLY = bytes(ord(chr(c).lower()) if c < 128 and chr(c).isalnum() else c if c >= 128 else 32 for c in range(256))
+
+
+def poor(text, raw):
+    """The first rule of quality that a document breaks, or None."""
+    if not 100 <= len(text) <= 1_000_000:
+        return "length"
+    if len(raw.translate(None, ALNUM + b" \n\r\t")) > 0.3 * len(raw):
+        return "symbols"
+    lines = text.split("\n")
+    again = len(text) - len(lines) - sum(map(len, set(lines))) if len(lines) > 1 else 0
+    head = raw[:20000]
+    if again > 0.3 * len(text) or len(zlib.compress(head, 1)) < 0.1 * len(head):
+        return "repetition"
+
+
+class Seen:
+    """A set of 64-bit numbers that takes at most 16 bytes for each: sorted arrays, each over twice as long as the next."""
+
+    def __init__(self):
+        self.levels = []
+
+    def has(self, numbers):
+        found = np.zeros(len(numbers), bool)
+        for level in self.levels:
+            found |= level[np.minimum(np.searchsorted(level, numbers), len(level) - 1)] == numbers
+        return found
+
+    def add(self, numbers):
+        """Remember these; returns which of them are new (of equal ones among them, the first)."""
+        new = np.zeros(len(numbers), bool)
+        new[np.unique(numbers, return_index=True)[1]] = True
+        new &= ~self.has(numbers)
+        if new.any():
+            self.levels.append(np.sort(numbers[new]))
+        while len(self.levels) > 1 and len(self.levels[-2]) <= 2 * len(self.levels[-1]):
+            merged = np.concatenate([self.levels.pop(), self.levels.pop()])
+            merged.sort()  # in place: while it is made, the numbers are held twice, and no more
+            self.levels.append(merged)
+        return new
+
+
+def word_numbers(raw):
+    """A number for each word of UTF-8 bytes, whatever its case and what stands between. Equal within one process."""
+    words = raw.translate(WORDS_ONLY).split()
+    return np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
+
+
+def runs_of_13(numbers):
+    """A number for each 13 numbers in a row."""
+    total = np.zeros(max(0, len(numbers) - 12), np.uint64)
+    for j in range(13 if len(total) else 0):
+        total = total * np.uint64(0x9E3779B97F4A7C15) + numbers[j : len(total) + j]
+    return total ^ (total >> np.uint64(32))
+
+
+def evaluation_texts(paths):
+    """Yield the text of each item of evaluation files: .jsonl (also .gz) and .csv, or folders of them, with commas between."""
+
+    def strings(item):
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, (list, dict)):
+            for part in item.values() if isinstance(item, dict) else item:
+                yield from strings(part)
+
+    for path in paths.split(","):
+        for file in text_files(path, ("jsonl", "csv")):
+            if file.suffix == ".csv":
+                with open(file, newline="", encoding="utf-8") as f:
+                    yield from map(" ".join, csv.reader(f))
+            else:
+                yield from (" ".join(strings(item)) for _, item in read_lines(file))
+
+
+class Cleaner:
+    """Drops documents by RULES. `dropped` counts them and `examples` keeps three beginnings of each rule.
+
+    evaluations  files whose items no document may hold, as of evaluation_texts
+    """
+
+    def __init__(self, evaluations=""):
+        self.seen, self.items, self.kept, self.bytes, self.seconds = Seen(), Seen(), 0, 0, 0.0
+        self.dropped, self.examples = dict.fromkeys(RULES, 0), {rule: [] for rule in RULES}
+        self.filter = np.zeros(2**26, bool)  # where no run of an evaluation item falls, there is none to look up
+        if evaluations:
+            texts = (text.encode("utf-8", "replace") for text in evaluation_texts(evaluations))
+            runs = np.concatenate([np.zeros(0, np.uint64), *(runs_of_13(word_numbers(text)) for text in texts)])
+            self.filter[(runs >> np.uint64(38)).astype(np.int64)] = True
+            self.items.add(runs)
+
+    def evaluated(self, raws):
+        """Which of these documents share 13 words in a row with an evaluation item."""
+        found = np.zeros(len(raws), bool)
+        if self.items.levels and raws:
+            numbers = [word_numbers(raw) for raw in raws]
+            owner = np.repeat(np.arange(len(raws)), [len(n) for n in numbers])
+            runs = runs_of_13(np.concatenate(numbers))
+            likely = np.flatnonzero(self.filter[(runs >> np.uint64(38)).astype(np.int64)])
+            likely = likely[owner[likely] == owner[likely + 12]]  # within one document
+            found[owner[likely[self.items.has(runs[likely])]]] = True
+        return found
+
+    def clean(self, documents, batch_chars=2**22):
+        """Yield the documents that no rule drops."""
+        batch, size = [], 0
+        for text in itertools.chain(documents, [None]):
+            if text is not None:
+                batch.append(text)
+                size += len(text)
+            if batch and (text is None or size >= batch_chars):
+                yield from self.sift(batch)
+                batch, size = [], 0
+
+    def sift(self, texts):
+        start, raws = time.time(), [text.encode() for text in texts]
+        verdicts = [poor(text, raw) for text, raw in zip(texts, raws)]
+        good = [i for i, verdict in enumerate(verdicts) if not verdict]
+        marks = np.frombuffer(b"".join(hashlib.blake2b(raws[i], digest_size=8).digest() for i in good), np.uint64)
+        for i, new, item in zip(good, self.seen.add(marks), self.evaluated([raws[i] for i in good])):
+            verdicts[i] = "duplicate" if not new else "evaluation" if item else None
+        for text, verdict in zip(texts, verdicts):
+            if verdict:
+                self.dropped[verdict] += 1
+                if len(self.examples[verdict]) < 3:
+                    self.examples[verdict].append(text[:200])
+        self.kept += verdicts.count(None)
+        self.bytes += sum(map(len, raws))
+        self.seconds += time.time() - start
+        return [text for text, verdict in zip(texts, verdicts) if not verdict]
+
+    def report(self):
+        """What was done, for meta.json and the run's report; printed as well."""
+        total = self.kept + sum(self.dropped.values())
+        print(f"cleaning: {self.kept:,} of {total:,} documents kept, {self.bytes / 1e6 / max(1e-9, self.seconds):.1f} MB/s on one core")
+        for rule, count in self.dropped.items():
+            print(f"  {rule:11}{count:9,} dropped: {RULES[rule]}")
+            for text in self.examples[rule]:
+                print(f"    | {' '.join(text.split())[:100]}")
+        return {"kept": self.kept, "dropped": self.dropped, "examples": self.examples}
 
 
 # -----------------------------------------------------------------------------
@@ -234,6 +770,8 @@ def write_shards(folder, split, tokenizer, hash, documents, most=SHARD_TOKENS):
     with open(spool, "wb") as f:
         for ids in encode_documents(tokenizer, documents, bos):
             f.write(ids.tobytes())
+    if not spool.stat().st_size:
+        raise SystemExit(f"no document is left for {split}: cleaning has dropped them all")
     tokens = np.memmap(spool, np.uint16, "r")
     count = max(1, -(-len(tokens) // most))
     each = len(tokens) // count
@@ -306,8 +844,9 @@ class TokenSet:
     """
 
     def __init__(self, arrays, bos, masks=None, cut=True, whole=False, paths=None):
-        self.arrays, self.bos, self.masks, self.cut, self.whole, self.paths = arrays, bos, masks, cut, whole, paths
-        self.plans = {}
+        self.arrays = [np.asarray(array) for array in arrays]  # a memory map stays one, but is cut ten times as fast
+        self.bos, self.masks, self.cut, self.whole, self.paths = bos, masks, cut, whole, paths
+        self.plans, self.orders = {}, {}
 
     def plan(self, shard, T, seed):
         """Rows of one shard: (offsets into pieces, pieces as (start, length)). Made once, cached beside it."""
@@ -347,19 +886,26 @@ class TokenSet:
         """Row `index` of an epoch: (tokens, supervised), at most T + 1 long."""
         per = self.rows(T, seed)
         shard, local = divmod(index, per)
-        shard = int(np.random.default_rng([seed, epoch]).permutation(len(self.arrays))[shard])
+        shard = int(self.order(len(self.arrays), seed, epoch)[shard])
         offsets, pieces = self.plan(shard, T, seed + epoch if self.cut and not self.whole else seed)
         if not self.cut:  # conversations keep their rows; the order of rows changes
-            local = int(np.random.default_rng([seed, epoch, 1]).permutation(per)[local])
-        tokens, masks = [], []
-        for start, length in pieces[offsets[local] : offsets[local + 1]]:
-            body = self.arrays[shard][start : start + length].astype(np.int64)
-            mask = np.ones(length, bool) if self.masks is None else self.masks[shard][start : start + length]
-            if body[0] != self.bos:
-                body, mask = np.append(self.bos, body), np.append(False, mask)
-            tokens.append(body)
-            masks.append(mask)
-        return np.concatenate(tokens), np.concatenate(masks)
+            local = int(self.order(per, seed, epoch, 1)[local])
+        tokens, mask, array, n = np.empty(T + 1, np.int64), np.ones(T + 1, bool), self.arrays[shard], 0
+        for start, length in pieces[offsets[local] : offsets[local + 1]].tolist():
+            if array[start] != self.bos:
+                tokens[n], mask[n] = self.bos, False
+                n += 1
+            tokens[n : n + length] = array[start : start + length]
+            if self.masks is not None:
+                mask[n : n + length] = self.masks[shard][start : start + length]
+            n += length
+        return tokens[:n], mask[:n]
+
+    def order(self, count, *seed):
+        """A random order of `count` things, made once an epoch."""
+        if (count, *seed) not in self.orders:
+            self.orders = dict([*self.orders.items()][-3:]) | {(count, *seed): np.random.default_rng(seed).permutation(count)}
+        return self.orders[count, *seed]
 
     def loss(self, T, seed=0):
         """Of the first shard: the share of its tokens that no row holds, the share of rows' places left empty,
@@ -389,7 +935,8 @@ def batch(shards, B, T, seed, step, rank=0, world=1):
         if not (shards.whole and epoch):
             tokens, mask = shards.row(epoch, index, T, seed)
             ids[b, : len(tokens) - 1] = tokens[:-1]
-            targets[b, : len(tokens) - 1] = np.where(mask[1:], tokens[1:], -1)
+            targets[b, : len(tokens) - 1] = tokens[1:]
+            targets[b, : len(tokens) - 1][~mask[1:]] = -1
     return torch.from_numpy(ids), torch.from_numpy(targets)
 
 
@@ -412,10 +959,22 @@ def split_documents(path):
     return iter([*rest, last[:cut]]), [last[cut:] or last]
 
 
+TOKENIZER_CHARS = 2 * 10**9  # a tokenizer is trained on at most so much: more text hardly moves its merges
+
+
+def beginning(texts, chars):
+    """The first texts, up to so many characters."""
+    for text in texts:
+        yield text
+        chars -= len(text)
+        if chars < 0:
+            return
+
+
 def prepare(cfg, machine):
     """Make sure that cfg.out (or cfg.from_) has a tokenizer and shards of cfg.data; return what a stage needs.
 
-    cfg has out, from_, data ("" is the demo world), val_data, val_documents, vocab_size and seed.
+    cfg has out, from_, data ("" is the demo world), val_data, val_documents, vocab_size, clean, evaluations and seed.
     Returns (tokenizer, its hash, training TokenSet, validation TokenSet). Rank 0 does the work.
     """
     name = Path(cfg.data).name.split(".")[0] if cfg.data else "demo"
@@ -423,6 +982,7 @@ def prepare(cfg, machine):
     cfg.data, cfg.val_data = (p and os.path.realpath(p) for p in (cfg.data, cfg.val_data))  # one text, one name
     size = sum(f.stat().st_size for p in (cfg.data, cfg.val_data) if p for f in text_files(p))
     source = [cfg.data or f"demo, seed {cfg.seed}", cfg.val_data, cfg.val_documents, f"{size} bytes"]
+    source += ["cleaned", cfg.evaluations] * cfg.clean
     adopt_tokenizer(cfg, machine)
     if machine.first:
         if (borrowed / "meta.json").exists():
@@ -434,6 +994,7 @@ def prepare(cfg, machine):
             else:
                 texts = [*demo_texts(cfg.seed), *(text_of(m) for m in conversations(cfg.seed, 4000))]
             try:
+                texts = beginning(texts, TOKENIZER_CHARS)
                 trained = Tokenizer.train(texts, cfg.vocab_size, SPECIALS, SPLIT)
             except ValueError as error:
                 raise SystemExit(f"the tokenizer cannot be trained: {error}")
@@ -462,9 +1023,12 @@ def prepare(cfg, machine):
                 train, val = read_documents(cfg.data), list(read_documents(cfg.val_data, cfg.val_documents))
             else:
                 train, val = split_documents(cfg.data)
-            count = write_shards(folder, "train", tokenizer, hash, train)
+            cleaner = Cleaner(cfg.evaluations) if cfg.clean else None
+            count = write_shards(folder, "train", tokenizer, hash, cleaner.clean(train) if cleaner else train)
             held = write_shards(folder, "val", tokenizer, hash, val, most=2**40)
             meta = {"source": source, "tokens": count, "val_tokens": held, "tokenizer": hash}
+            if cleaner:
+                meta["cleaning"] = cleaner.report()
             write_whole(folder / "meta.json", json.dumps(meta))
             machine.print(f"data: {count:,} tokens for training, {held:,} for validation, in {time.time() - start:.1f} s")
     folder = Path(machine.gather(str(folder))[0])
@@ -568,20 +1132,61 @@ def text_of(messages):
     return " ".join(c if isinstance(c, str) else " ".join(p["text"] for p in c) for c in contents)
 
 
+def messages_of(item):
+    """The messages of a line in one of the public forms, as `render` takes them; None for one that is to be passed over."""
+    if "conversations" in item:  # SlimOrca
+        roles = {"system": "system", "human": "user", "gpt": "assistant"}
+        return [{"role": roles[m["from"]], "content": m["value"]} for m in item["conversations"] if m["value"] or m["from"] != "system"]
+    if "data" in item:  # UltraChat
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(item["data"])]
+    if "instruction" in item:  # Dolly
+        context = f"\n\n{item['context']}" if item.get("context") else ""
+        return [{"role": "user", "content": item["instruction"] + context}, {"role": "assistant", "content": item["response"]}]
+    if "prompt" in item:  # OASST2: of each message's replies, the one that people ranked first
+        messages, turn = [], item["prompt"]
+        while turn:
+            messages.append({"role": {"prompter": "user"}.get(turn["role"], turn["role"]), "content": turn["text"]})
+            replies = [r for r in turn.get("replies") or [] if r["lang"] == "en" and not r.get("deleted")]
+            turn = min(replies, key=lambda r: 10**6 if r.get("rank") is None else r["rank"], default=None)
+        return messages if item["prompt"]["lang"] == "en" and len(messages) > 1 else None
+    if isinstance(item.get("question"), str) and isinstance(item.get("answer"), str):  # GSM8K
+        return [{"role": "user", "content": item["question"]}, {"role": "assistant", "content": Gsm8k.parts(item["answer"])}]
+    return item["messages"]
+
+
+def conversations_in(file):
+    """Yield (messages, where, whether the form is our own) of each line of a .jsonl, or row of one of MMLU's .csv."""
+    if file.suffix == ".csv":
+        for row in Mmlu.read(file):
+            item = Choice.item(*row)
+            yield [*item["messages"], {"role": "assistant", "content": item["answer"]}], file, False
+        return
+    for where, item in read_lines(file):
+        own = not isinstance(item, dict) or not item.keys() & {"conversations", "data", "instruction", "prompt"}
+        try:
+            messages = messages_of(item)
+        except (KeyError, TypeError, AttributeError, IndexError):
+            messages = None
+        yield usable(messages), f"{where}: {ascii(item)[:80]}", own
+
+
 def read_conversations(paths):
     """The conversations of .jsonl files or folders of them, also as .gz, with commas between: lists of messages.
 
-    A line is {"messages": [{"role", "content"}, ...]} as `render` takes them, or {"question", "answer"} as in GSM8K.
+    A line is {"messages": [{"role", "content"}, ...]} as `render` takes them, or has the form that GSM8K, SlimOrca,
+    UltraChat, OASST2 or Dolly are published in; of the last four, what cannot be used is passed over.
     Raises SystemExit naming file and line.
     """
     chats = []
     for file in (f for path in paths.split(",") for f in text_files(path, ("jsonl",))):
         try:
-            for where, item in read_lines(file):
-                if isinstance(item, dict) and isinstance(item.get("question"), str) and isinstance(item.get("answer"), str):
-                    reply = Gsm8k.parts(item["answer"])
-                    item = {"messages": [{"role": "user", "content": item["question"]}, {"role": "assistant", "content": reply}]}
-                chats.append(checked(item, where))
+            for messages, where, own in conversations_in(file):
+                if messages:
+                    chats.append(messages)
+                elif own:
+                    form = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}'
+                    where, _, got = where.partition(": ")
+                    raise SystemExit(f"{where}: wanted {form}, perhaps a system message first, users and assistants in turn; got {got}")
         except BROKEN as error:
             raise unreadable(file, error)
     if not chats:
@@ -589,8 +1194,8 @@ def read_conversations(paths):
     return chats
 
 
-def checked(item, where):
-    """The messages of a conversation from a file, or one line that says what is wrong with it."""
+def usable(messages):
+    """The messages of a conversation from a file, without a last question that nobody answers; None if they are not well formed."""
 
     def well_formed(content):
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -599,16 +1204,52 @@ def checked(item, where):
         return all(part["type"] in ("text", "python", "output") for part in parts)
 
     try:
-        messages = item["messages"]
         first = int(messages[0]["role"] == "system")
         roles = [m["role"] for m in messages[first:]]
         if "assistant" in roles and roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
             if all(well_formed(m["content"]) and (isinstance(m["content"], str) or m["role"] == "assistant") for m in messages):
-                return messages[: len(messages) - len(roles) % 2]  # a last question without an answer teaches nothing
+                return messages[: len(messages) - len(roles) % 2]
     except (KeyError, TypeError, IndexError, AttributeError, UnicodeEncodeError):
         pass
-    form = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}'
-    raise SystemExit(f"{where}: wanted {form}, perhaps a system message first, users and assistants in turn; got {ascii(item)[:80]}")
+    return None
+
+
+MIXTURE = {  # what a chat model learns from: share of the conversations, and where they come from; add your own here
+    "slimorca": (0.30, "slimorca*.jsonl"),  # files in the folder that `python data.py download --out=FOLDER` filled
+    "ultrachat": (0.30, "ultrachat*.jsonl"),
+    "oasst2": (0.05, "oasst2*.jsonl.gz"),
+    "dolly": (0.05, "dolly*.jsonl"),
+    "gsm8k": (0.08, "gsm8k_train.jsonl"),
+    "mmlu": (0.12, "data/auxiliary_train/*.csv"),
+    "counting": (0.05, None),  # made by `exchange`
+    "spelling": (0.04, None),
+    "talk": (0.01, None),  # who it is
+}
+
+
+def mixture(folder, count, seed):
+    """About `count` conversations by the shares of MIXTURE. Sources that are too small repeat; those not there are named."""
+    chats, missing = [], []
+    for name, (share, pattern) in MIXTURE.items():
+        rng, wanted, kept, met = random.Random(f"{name} {seed}"), round(share * count), [], 0
+        if pattern is None:
+            pairs = (exchange(rng, name) for _ in range(wanted))
+            chats += ([{"role": "user", "content": question}, {"role": "assistant", "content": reply}] for question, reply in pairs)
+            continue
+        for messages in (m for file in sorted(Path(folder).glob(pattern)) for m, *_ in conversations_in(file) if m):
+            met += 1  # a fair sample in one pass: the n-th comes in with the chance wanted / n
+            if len(kept) < wanted:
+                kept.append(messages)
+            elif (place := rng.randrange(met)) < wanted:
+                kept[place] = messages
+        if not met:
+            missing.append(name)
+        chats += (kept * (wanted // max(1, len(kept)) + 1))[:wanted]
+    if len(missing) == sum(pattern is not None for _, pattern in MIXTURE.values()):
+        raise SystemExit(f"{folder} has none of {', '.join(missing)}; `python data.py download --source=dolly --out={folder}` brings one")
+    if missing:
+        print(f"note: {folder} has no {', '.join(missing)}; the mixture goes without")
+    return chats
 
 
 def chat_set(chats, tokenizer, T):
@@ -626,9 +1267,9 @@ def chat_set(chats, tokenizer, T):
             tokens, mask = render(messages, tokenizer)
         if len(tokens) > T + 1:
             tokens, mask = [bos, *tokens[-T:]], [False, *mask[-T:]]
-        ids += tokens
-        masks += mask
-    return TokenSet([np.array(ids, np.uint16)], bos, [np.array(masks, bool)], cut=False)
+        ids.append(np.array(tokens, np.uint16))
+        masks.append(np.array(mask, bool))
+    return TokenSet([np.concatenate(ids)], bos, [np.concatenate(masks)], cut=False)
 
 
 # -----------------------------------------------------------------------------
@@ -921,9 +1562,9 @@ def demo_texts(seed, split="train", count=40000):
     return texts
 
 
-def exchange(rng):
-    """One question and its answer, of what the chat model is taught."""
-    kind = rng.choices(["facts", "counting", "sums", "problems", "talk", "stories"], [14, 31, 14, 16, 15, 10])[0]
+def exchange(rng, kind=""):
+    """One question and its answer, of what the chat model is taught; of one kind, or of all."""
+    kind = kind or rng.choices(["facts", "counting", "sums", "problems", "talk", "stories"], [14, 31, 14, 16, 15, 10])[0]
     if kind == "facts":
         item = Facts.items("train", rng.random(), 1)[0]
         reply = ANSWERS[item["relation"]].format(c=item["country"], v=item["answer"])
@@ -932,6 +1573,9 @@ def exchange(rng):
         item = Counting.items("train", rng.random(), 1)[0]
         word, letter, n = item["word"], item["letter"], item["answer"]
         return item["messages"][0]["content"], with_tool(f' "{word}".count("{letter}")', n, f"The answer is {n}.")
+    if kind == "spelling":
+        word, _ = some_word(rng, "train")
+        return f'Spell the word "{word}".', "-".join(word)
     if kind in ("sums", "problems"):
         op = rng.choice("+-*/")
         a, b = some_numbers(rng, op, "train")
@@ -1034,6 +1678,15 @@ class Arithmetic(Task):
         return float(last_number(text) == item["answer"])
 
 
+def public_file(task, files, *names, source=""):
+    """The first of these files that is there, of a task that does not bring its own items."""
+    paths = [Path(files) / name for name in names]
+    if not any(path.exists() for path in paths):
+        get = f"`python data.py download --source={source or task} --out=DIR` has it"
+        raise SystemExit(f"the task {task} needs {paths[0]}; {get}, and --files=DIR says where it lies")
+    return next(path for path in paths if path.exists())
+
+
 class Gsm8k(Task):
     """Grade-school mathematics in words (Cobbe et al. 2021, arXiv 2110.14168), from its own files: {split}.jsonl or
     gsm8k_{split}.jsonl in `files`, of github.com/openai/grade-school-math."""
@@ -1042,12 +1695,7 @@ class Gsm8k(Task):
 
     @functools.lru_cache
     def rows(split, files):
-        names = [Path(files) / name for name in (f"gsm8k_{split}.jsonl", f"gsm8k/{split}.jsonl", f"{split}.jsonl")]
-        file = next((f for f in names if f.exists()), None)
-        if file is None:
-            home = "https://github.com/openai/grade-school-math"
-            raise SystemExit(f"the task gsm8k needs {names[0]}, which {home} has; --files=DIR says where it lies")
-        rows = []
+        file, rows = public_file("gsm8k", files, f"gsm8k_{split}.jsonl", f"gsm8k/{split}.jsonl", f"{split}.jsonl"), []
         for where, row in read_lines(file):
             if not isinstance(row, dict) or not isinstance(row.get("question"), str) or Gsm8k.number(str(row.get("answer"))) is None:
                 raise SystemExit(f"{where}: wanted question and answer, which ends in #### and a number; got {ascii(row)[:60]}")
@@ -1078,7 +1726,86 @@ class Gsm8k(Task):
         return float(Gsm8k.number(text) == item["answer"])
 
 
-TASKS = {"facts": Facts, "counting": Counting, "arithmetic": Arithmetic, "gsm8k": Gsm8k}
+class Choice(Task):
+    """Multiple choice: the letter that the model finds likeliest at the start of its answer is its answer."""
+
+    max_tokens = 8
+    letters = "ABCDEFGHIJ"
+
+    def item(question, choices, gold):
+        options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(Choice.letters, choices))
+        messages = [{"role": "user", "content": f"{question}{options}\n\nAnswer with the letter alone."}]
+        return {"messages": messages, "answer": Choice.letters[gold], "letters": Choice.letters[: len(choices)]}
+
+    def chosen(rows, split, seed, count):
+        """Items of (question, choices, place of the right one)."""
+        return [Choice.item(*row) for row in random.Random(f"{split} {seed}").sample(rows, min(count, len(rows)))]
+
+    def grade(item, text):
+        return float(text.strip().rstrip(".") == item["answer"])
+
+
+class Arc(Choice):
+    """Grade-school science (Clark et al. 2018, arXiv 1803.05457), as AI2 publishes it or as the CORE bundle has it."""
+
+    part = "Easy"
+
+    @functools.lru_cache
+    def rows(part, split, files):
+        name, rows = f"ARC-{part}-{split.title()}.jsonl", []
+        names = [name, f"ARC-{part}/{name}", f"ARC-V1-Feb2018-2/ARC-{part}/{name}"]
+        if split == "test":
+            names += [f"{folder}eval_data/world_knowledge/arc_{part.lower()}.jsonl" for folder in ("", "eval_bundle/")]
+        for where, row in read_lines(public_file(f"arc_{part.lower()}", files, *names, source="core")):
+            try:
+                if "gold" in row:
+                    rows.append((row["query"].removeprefix("Question: "), row["choices"], row["gold"]))
+                else:
+                    options = row["question"]["choices"]
+                    gold = [c["label"] for c in options].index(row["answerKey"])  # labels are A to E, at times 1 to 5
+                    rows.append((row["question"]["stem"], [c["text"] for c in options], gold))
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise SystemExit(f"{where}: wanted a question of ARC; got {ascii(row)[:60]}")
+        return rows
+
+    @classmethod
+    def items(cls, split, seed, count, files=""):
+        return Choice.chosen(Arc.rows(cls.part, split, files), split, seed, count)
+
+
+class ArcChallenge(Arc):
+    part = "Challenge"
+
+
+class Mmlu(Choice):
+    """57 subjects (Hendrycks et al. 2021, arXiv 2009.03300), from the folders of its own archive: {split}/*.csv."""
+
+    @functools.lru_cache
+    def rows(split, files):
+        split, rows = {"train": "auxiliary_train"}.get(split, split), []
+        folder = public_file("mmlu", files, f"data/{split}", f"mmlu/{split}", split)
+        for file in sorted(folder.glob("*.csv")):
+            rows += Mmlu.read(file)
+        if not rows:
+            raise SystemExit(f"{folder} holds no .csv file")
+        return rows
+
+    def read(file):
+        """(question, choices, place of the right one) of each row of a .csv."""
+        rows = []
+        with open(file, newline="", encoding="utf-8") as f:
+            for number, row in enumerate(csv.reader(f), 1):
+                if len(row) != 6 or row[5] not in ("A", "B", "C", "D"):
+                    raise SystemExit(f"{file} row {number}: wanted a question, four answers and a letter; got {ascii(row)[:60]}")
+                rows.append((row[0], row[1:5], "ABCD".index(row[5])))
+        return rows
+
+    def items(split, seed, count, files=""):
+        return Choice.chosen(Mmlu.rows(split, files), split, seed, count)
+
+
+TASKS = {"arc_easy": Arc, "arc_challenge": ArcChallenge, "mmlu": Mmlu}
+TASKS |= {"facts": Facts, "counting": Counting, "arithmetic": Arithmetic, "gsm8k": Gsm8k}
 DEMO = "facts,counting,arithmetic"  # the tasks of the demo world, which need no files
 
 
@@ -1114,6 +1841,17 @@ class EncodeConfig:
 
 
 @dataclass
+class DownloadConfig:
+    source: str = "climbmix"  # climbmix, c4, tinystories; core, mmlu, gsm8k, humaneval; slimorca, ultrachat, oasst2, dolly; or URLs
+    out: str = "text"  # folder that it goes to: text as train/ and val/
+    shards: int = 1  # of climbmix (1.6 GB each) and c4 (0.3 GB, packed); more can be added later
+    mirror: str = ""  # MIRROR/host/path is asked for instead of https://host/path
+    slice_mb: float = 16.0  # of climbmix, what is taken of each of its 100 parts for a shard
+    wait: float = 1.0  # seconds before the first repetition of a request that failed; doubles
+    patience: float = 60.0  # seconds without a byte after which a connection is given up
+
+
+@dataclass
 class PrepareConfig:
     out: str = "out"  # folder of the run
     from_: str = ""  # take the tokenizer and data from another run's folder
@@ -1121,6 +1859,8 @@ class PrepareConfig:
     val_data: str = ""  # fixed validation text; empty holds out one document in a hundred
     val_documents: int = 0  # use only so many documents of val_data; 0 is all
     vocab_size: int = 2048  # of a tokenizer that has to be trained
+    clean: bool = False  # drop training documents that RULES in data.py says are junk, duplicates or evaluation items
+    evaluations: str = ""  # with --clean: files of evaluation items (.jsonl, .csv) or folders of them, with commas between
     seed: int = 1  # of the demo world, and of its packing
 
 
@@ -1140,8 +1880,11 @@ def main(argv):
             piece = tokenizer.token_bytes(id)
             print(f"{id:6}  {piece!r:24} {piece.decode('utf-8', 'replace')}")
         print(f"{len(rest[0].encode())} bytes, {len(ids)} tokens")
+    elif command == "download":
+        cfg = override(DownloadConfig(), rest, __doc__)
+        lock_folder(cfg.out, start_machine("cpu"))
+        download(cfg)
     elif command == "prepare":
-        from gpt import lock_folder, start_machine
 
         cfg, machine = override(PrepareConfig(), rest, __doc__), start_machine("cpu")
         lock_folder(cfg.out, machine)

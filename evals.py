@@ -3,8 +3,10 @@ Evaluations: bits per byte, tasks answered by generating, and the report of a ru
 
     python evals.py                                    # every task on the last stage in out/
     python evals.py --stage=sft --tasks=facts,counting --count=500 --seed=7
-    python evals.py --tasks=gsm8k --files=DIR          # a public task, from its own files
+    python evals.py --tasks=gsm8k,mmlu,arc_easy,arc_challenge --files=DIR      # public tasks, from their own files
     python evals.py --stage=base --text=FILE           # bits per byte of any text
+    python evals.py --stage=base --core=DIR            # CORE, from `python data.py download --source=core --out=DIR`
+    torchrun --nproc_per_node=8 evals.py --stage=base --core=DIR --count=500   # an estimate of it
     python evals.py --report                           # only rebuild out/report.json and out/report.html
 
 The stages call `bits_per_byte` and `run_tasks` on their way and write what they find with `record`, which
@@ -12,11 +14,13 @@ rebuilds the report: out/report.json for programs, out/report.html for people, o
 requests whose curves are drawn from out/metrics.jsonl.
 """
 
+import hashlib
 import html
 import json
 import math
 import os
 import platform
+import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +28,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import DEMO, SPECIALS, TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, question, read_documents
-from data import task_names, visible
-from gpt import command, latest, load_model, override, start_machine, write_whole
+from data import DEMO, RULES, SPECIALS, TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, question
+from data import read_documents, read_lines, task_names, visible
+from gpt import KVCache, command, latest, load_model, override, start_machine, write_whole
 from sample import Engine, Params
 
 
@@ -61,7 +65,8 @@ def bits_per_byte(model, tokenizer, val, machine, micro_rows=16, rows=0):
 
 
 def run_tasks(model, tokenizer, machine, names, count, files="", seed=0, split="test", slots=64):
-    """Answer `count` items of each task greedily and grade them: {name: (accuracy, items, some answers)}.
+    """Answer `count` items of each task greedily, of multiple choice with the likeliest letter, and grade them:
+    {name: (accuracy, items, some answers)}.
 
     Ranks take every world-th item. All ranks call it and get the same figures.
     """
@@ -71,26 +76,265 @@ def run_tasks(model, tokenizer, machine, names, count, files="", seed=0, split="
         items = task.items(split, seed, count, files)
         mine = items[machine.rank :: machine.world]
         prompts = [question(item, tokenizer, engine.cache.length, task.max_tokens) for item in mine]
-        done = engine.generate(prompts, Params(max_tokens=task.max_tokens))
-        texts = [visible(parse(r.ids, tokenizer)) for r in done]
+        if items and "letters" in items[0]:
+            texts = likeliest(model, tokenizer, prompts, [item["letters"] for item in mine], machine.device)
+        else:
+            done = engine.generate(prompts, Params(max_tokens=task.max_tokens))
+            texts = [visible(parse(r.ids, tokenizer)) for r in done]
         grades = [task.grade(item, text) for item, text in zip(mine, texts)]
         shown = [(item["messages"][-1]["content"], text, item["answer"], grade) for item, text, grade in zip(mine, texts, grades)]
         results[name] = machine.sum(sum(grades)) / max(1, len(items)), len(items), shown[:8]
     return results
 
 
+@torch.inference_mode()
+def likeliest(model, tokenizer, prompts, letters, device):
+    """Of each prompt's letters, the one that is likeliest to come next."""
+    found, order = [""] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    budget = min(BUDGET[torch.device(device).type], 2**28 // model.cfg.vocab_size)
+    while order:
+        length = len(prompts[order[-1]])
+        rows, order = order[-max(1, budget // length) :], order[: -max(1, budget // length)]
+        ids = torch.tensor([prompts[i] + [0] * (length - len(prompts[i])) for i in rows])
+        logits = model(ids.to(device))
+        for b, i in enumerate(rows):
+            of = [tokenizer.encode(letter)[0] for letter in letters[i]]
+            found[i] = letters[i][logits[b, len(prompts[i]) - 1, of].argmax()]
+    return found
+
+
+# -----------------------------------------------------------------------------
+# CORE: the 22 tasks of DCLM (Li et al. 2024, arXiv 2406.11794), the way published figures are made
+#
+# label, file under eval_data/, shots, kind, delimiter, what guessing gets in percent (of the first version of the
+# metadata, as in published figures), rows of the published file
+
+CHOICE, SCHEMA, LM, ANSWER = "multiple_choice", "schema", "language_modeling", "\nAnswer: "
+CORE = [
+    ("hellaswag_zeroshot", "language_understanding/hellaswag", 0, CHOICE, " ", 25, 10042),
+    ("jeopardy", "world_knowledge/jeopardy_all", 10, LM, ANSWER, 0, 2117),
+    ("bigbench_qa_wikidata", "world_knowledge/bigbench_qa_wikidata", 10, LM, " ", 0, 20321),
+    ("arc_easy", "world_knowledge/arc_easy", 10, CHOICE, ANSWER, 25, 2376),
+    ("arc_challenge", "world_knowledge/arc_challenge", 10, CHOICE, ANSWER, 25, 1172),
+    ("copa", "commonsense_reasoning/copa", 0, CHOICE, " ", 50, 100),
+    ("commonsense_qa", "commonsense_reasoning/commonsense_qa", 10, CHOICE, " ", 20, 1221),
+    ("piqa", "commonsense_reasoning/piqa", 10, CHOICE, ANSWER, 50, 1838),
+    ("openbook_qa", "commonsense_reasoning/openbook_qa", 0, CHOICE, " ", 25, 500),
+    ("lambada_openai", "language_understanding/lambada_openai", 0, LM, " ", 0, 5153),
+    ("hellaswag", "language_understanding/hellaswag", 10, CHOICE, " ", 25, 10042),
+    ("winograd", "language_understanding/winograd_wsc", 0, SCHEMA, " ", 50, 273),
+    ("winogrande", "language_understanding/winogrande", 0, SCHEMA, " ", 50, 1267),
+    ("bigbench_dyck_languages", "symbolic_problem_solving/bigbench_dyck_languages", 10, LM, " ", 0, 1000),
+    ("agi_eval_lsat_ar", "symbolic_problem_solving/agi_eval_lsat_ar", 3, CHOICE, " ", 20, 230),
+    ("bigbench_cs_algorithms", "symbolic_problem_solving/bigbench_cs_algorithms", 10, LM, " ", 0, 1320),
+    ("bigbench_operators", "symbolic_problem_solving/bigbench_operators", 10, LM, " ", 0, 210),
+    ("bigbench_repeat_copy_logic", "symbolic_problem_solving/bigbench_repeat_copy_logic", 10, LM, " ", 0, 32),
+    ("squad", "reading_comprehension/squad", 10, LM, " ", 0, 10570),
+    ("coqa", "reading_comprehension/coqa", 0, LM, " ", 0, 7983),
+    ("boolq", "reading_comprehension/boolq", 10, CHOICE, ANSWER, 62, 3270),
+    ("bigbench_language_identification", "language_understanding/bigbench_language_identification", 10, CHOICE, " ", 9.1, 10000),
+]
+
+
+BUDGET = {"cuda": 2**14, "cpu": 2**10}  # tokens of a forward pass
+
+
+def core_rows(file, kind):
+    """The items of one file. Raises SystemExit naming file and line."""
+    wanted = {CHOICE: ("query", "choices", "gold"), SCHEMA: ("context_options", "continuation", "gold"), LM: ("context", "continuation")}[kind]
+    rows = []
+    for where, row in read_lines(file):
+        options = isinstance(row, dict) and row.get("choices" if kind == CHOICE else "context_options")
+        if not isinstance(row, dict) or any(key not in row for key in wanted) or (kind != LM and not row["gold"] in range(len(options))):
+            raise SystemExit(f"{where}: wanted an object with {', '.join(wanted)}; got {ascii(row)[:60]}")
+        rows.append(row)
+    return rows
+
+
+def core_prompts(rows, i, shots, kind, delimiter):
+    """The texts that item i is scored by: one for each choice; of language modelling, without and with the answer.
+
+    The shots, each followed by an empty line, are drawn from all other items by a generator of the item's own.
+    """
+    drawn = random.Random(1234 + i).sample(range(len(rows) - 1), min(shots, len(rows) - 1))
+    shown = [rows[j + (j >= i)] for j in drawn]  # the numbering skips item i
+
+    def written(row, option=None):
+        option = row.get("gold") if option is None else option
+        if kind == CHOICE:
+            return f"{row['query']}{delimiter}{row['choices'][option]}"
+        if kind == SCHEMA:
+            return f"{row['context_options'][option]}{delimiter}{row['continuation']}"
+        return f"{str(row['context']).strip()}{delimiter}{row['continuation']}"
+
+    before = "".join(written(row) + "\n\n" for row in shown)
+    if kind == LM:  # without the delimiter's last space: tokenizers put it to the word that follows
+        return [(before + str(rows[i]["context"]).strip() + delimiter).strip(), before + written(rows[i])]
+    return [before + written(rows[i], option) for option in range(len(rows[i]["choices" if kind == CHOICE else "context_options"]))]
+
+
+def shared(sequences):
+    """How many elements the sequences have in common at their beginning."""
+    least = min(map(len, sequences))
+    return next((i for i in range(least) if any(s[i] != sequences[0][i] for s in sequences)), least)
+
+
+def core_spans(texts, kind):
+    """(ids, first, end) of each sequence to run: the tokens first..end are what is scored. `texts` is the prompts' ids."""
+    if kind == LM:
+        return [(texts[1], shared(texts), len(texts[1]))]
+    if kind == CHOICE:  # the choices differ from here on
+        return [(ids, shared(texts), len(ids)) for ids in texts]
+    common = shared([ids[::-1] for ids in texts])  # the contexts differ up to here
+    return [(ids, len(ids) - common, len(ids)) for ids in texts]
+
+
+@torch.inference_mode()
+def core_scores(model, spans, device, greedy):
+    """Of each (ids, first, end): whether greedy decoding says just these tokens, or else their mean loss.
+
+    Sequences of like length are run together. The caller has cut them to the model's context.
+    """
+    order, scores = sorted(range(len(spans)), key=lambda i: len(spans[i][0])), [0.0] * len(spans)
+    most = BUDGET[torch.device(device).type]
+    budget = min(most, 2**28 // model.cfg.vocab_size) if greedy else most  # logits are large
+    while order:
+        length = len(spans[order[-1]][0])  # the longest come first, so that running out of memory shows at once
+        rows, order = order[-max(1, budget // length) :], order[: -max(1, budget // length)]
+        ids, targets = torch.zeros(2, len(rows), length, dtype=torch.long).unbind()
+        targets[:] = -1
+        for b, i in enumerate(rows):
+            tokens, first, end = spans[i]
+            tokens = torch.tensor(tokens)
+            ids[b, : len(tokens)] = tokens
+            targets[b, first - 1 : end - 1] = tokens[first:end]
+        ids, targets = ids.to(device), targets.to(device)
+        scored = targets >= 0
+        if greedy:
+            found = ((model(ids).argmax(-1) == targets) | ~scored).all(1).double()
+        else:
+            found = model(ids, targets).double().sum(1) / scored.sum(1)
+        for i, score in zip(rows, found.tolist()):
+            scores[i] = score
+    return scores
+
+
+@torch.inference_mode()
+def choice_scores(model, groups, device):
+    """The mean losses of several items' choices: a group is one item's (ids, first, end), equal up to `first`.
+
+    What the choices share, which with ten shots is nearly all, is read once into a cache, and then each choice's own end.
+    """
+    order, scores = sorted(range(len(groups)), key=lambda g: max(end for _, _, end in groups[g])), [[] for _ in groups]
+    while order:
+        N = max(end for _, _, end in groups[order[-1]])
+        some, order = order[-max(1, BUDGET[torch.device(device).type] // N) :], order[: -max(1, BUDGET[torch.device(device).type] // N)]
+        cache = KVCache(model.cfg, len(some), N, device, model.dtype)
+        prefix = torch.zeros(len(some), max(groups[g][0][1] for g in some), dtype=torch.long)
+        for b, g in enumerate(some):
+            tokens, first, _ = groups[g][0]
+            prefix[b, :first] = torch.tensor(tokens[:first])
+        model(prefix.to(device), cache=cache, pos=torch.zeros(len(some), dtype=torch.long, device=device), fill=True)
+        for c in range(max(len(groups[g]) for g in some)):
+            spans = [(b, g, *groups[g][c]) for b, g in enumerate(some) if c < len(groups[g])]
+            width = max(1, max(end - first for *_, first, end in spans))
+            ids, targets = torch.zeros(2, len(some), width, dtype=torch.long).unbind()
+            targets[:], pos = -1, torch.zeros(len(some), dtype=torch.long)
+            for b, g, tokens, first, end in spans:  # the last shared token foretells the first that differs
+                pos[b] = at = min(first - 1, N - width)  # rows near the end read a little of what is shared again
+                tail = torch.tensor(tokens[at : at + width])
+                ids[b, : len(tail)] = tail
+                targets[b, first - 1 - at : end - 1 - at] = torch.tensor(tokens[first:end])
+            ids, targets = ids.to(device), targets.to(device)
+            found = model(ids, targets, cache=cache, pos=pos.to(device)).double().sum(1) / (targets >= 0).sum(1)
+            for (b, g, *_), score in zip(spans, found[[b for b, *_ in spans]].tolist()):
+                scores[g].append(score)
+    return scores
+
+
+def core_task(model, tokenizer, machine, rows, shots, kind, delimiter):
+    """Which items are answered rightly, in order, and how many had to be cut. All ranks call it and get the same."""
+    T, bos, mine = model.cfg.seq_len, tokenizer.special("<|bos|>"), list(range(machine.rank, len(rows), machine.world))
+    right, cut = {}, 0
+    for at in range(0, len(mine), 1024):  # some at a time: ten shots of squad are 80 MB as tokens
+        items, spans = mine[at : at + 1024], {}
+        texts = [core_prompts(rows, i, shots, kind, delimiter) for i in items]
+        ids, offsets = tokenizer.encode_batch([text for several in texts for text in several])
+        ids, offsets = np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(int)
+        encoded = ([bos, *ids[a:b].tolist()] for a, b in zip(offsets, offsets[1:]))
+        for i, several in zip(items, texts):
+            spans[i] = []
+            for tokens, first, end in core_spans([next(encoded) for _ in several], kind):
+                over = max(0, len(tokens) - T)  # of what is too long, the beginning is lost
+                cut += over > 0
+                spans[i].append((tokens[over:], max(1, first - over), max(1, end - over)))
+        # choices that were cut differently share nothing any more
+        alike = [i for i in items if kind == CHOICE and shared([tokens for tokens, *_ in spans[i]]) >= max(first for _, first, _ in spans[i])]
+        found = dict(zip(alike, choice_scores(model, [spans[i] for i in alike], machine.device)))
+        others = [(i, span) for i in items if i not in found for span in spans[i]]
+        for (i, _), score in zip(others, core_scores(model, [span for _, span in others], machine.device, kind == LM)):
+            found.setdefault(i, []).append(score)
+        right |= {i: s[0] if kind == LM else s.index(min(s)) == rows[i]["gold"] for i, s in found.items()}
+    merged = {i: value for part in machine.gather(right) for i, value in part.items()}
+    return [int(merged[i]) for i in range(len(rows))], int(machine.sum(cut))
+
+
+def run_core(model, tokenizer, machine, folder, cache, count=0):
+    """Score the tasks whose files are under `folder`: {label: (accuracy, items, centred accuracy)}, and print them.
+
+    What is known of this checkpoint is read from the file `cache`, and what is found goes there, item by item.
+    """
+    root = next((p for p in (Path(folder) / "eval_data", Path(folder) / "eval_bundle" / "eval_data") if p.is_dir()), Path(folder))
+    known = json.loads(Path(cache).read_text()) if Path(cache).exists() else {}
+    known, results, missing = machine.gather(known)[0], {}, []
+    for label, name, shots, kind, delimiter, guess, published in CORE:
+        file, start = root / f"{name}.jsonl", time.time()
+        if not file.exists():
+            missing.append((label, file))
+            continue
+        rows = core_rows(file, kind)
+        if len(rows) != published:
+            machine.print(f"note: {file} has {len(rows):,} items where the published one has {published:,}")
+        random.Random(1337).shuffle(rows)
+        rows = rows[: count or len(rows)]
+        if not rows:
+            raise SystemExit(f"{file} holds no items")
+        key = [label, len(rows), hashlib.sha256(file.read_bytes()).hexdigest()[:16], str(machine.dtype)]
+        if known.get(label, {}).get("key") != key:
+            right, cut = core_task(model, tokenizer, machine, rows, shots, kind, delimiter)
+            known[label] = {"key": key, "right": "".join(map(str, right)), "cut": cut}
+            if machine.first:
+                write_whole(cache, json.dumps(known))
+        right, cut = known[label]["right"], known[label]["cut"]
+        accuracy = right.count("1") / len(right)
+        results[label] = accuracy, len(right), (accuracy - guess / 100) / (1 - guess / 100)
+        note = f", {cut} texts were cut to {model.cfg.seq_len} tokens" if cut else ""
+        machine.print(f"{label:33}{accuracy:7.2%} of {len(right):6,}   centred {results[label][2]:+.4f}   {time.time() - start:.1f} s{note}")
+    mean = sum(centred for *_, centred in results.values()) / max(1, len(results))
+    if missing:
+        machine.print(f"missing: {', '.join(f'{label} ({file})' for label, file in missing)}; `python data.py download --source=core` has them")
+        machine.print(f"so there is no CORE; the mean of the other {len(results)} centred accuracies is {mean:.4f}" if results else "so there is no CORE")
+    elif count:
+        machine.print(f"CORE, estimated from at most {count} items a task: {mean:.4f}")
+    else:
+        machine.print(f"CORE: {mean:.4f}")
+    return results, None if missing or count else mean
+
+
 # -----------------------------------------------------------------------------
 # Report
 
 
-def record(out, machine, stage, figures, seconds, examples=None):
-    """Put a stage's figures into out/report.json and rebuild out/report.html. `figures` are numbers by name."""
+def record(out, machine, stage, figures, seconds=None, examples=None):
+    """Put a stage's figures into out/report.json and rebuild out/report.html. `figures` are numbers by name.
+    `seconds` is what the stage took, where it has just been run."""
     if not machine.first:
         return
     path = Path(out) / "report.json"
     report = json.loads(path.read_text()) if path.exists() else {"stages": {}, "seconds": {}, "machine": {}, "examples": {}}
     report["stages"].setdefault(stage, {}).update(figures)
-    report["seconds"][stage] = round(seconds, 1)
+    if seconds is not None:
+        report["seconds"][stage] = round(seconds, 1)
     report["machine"] = {
         "device": torch.cuda.get_device_name() if machine.device.type == "cuda" else f"{platform.machine()} CPU",
         "ranks": machine.world,
@@ -101,6 +345,9 @@ def record(out, machine, stage, figures, seconds, examples=None):
         "python": platform.python_version(),
     }
     report["examples"].setdefault(stage, {}).update(examples or {})
+    for meta in Path(out).glob("data/*/meta.json"):
+        if cleaning := json.loads(meta.read_text()).get("cleaning"):
+            report.setdefault("cleaning", {})[meta.parent.name] = cleaning
     write_whole(path, json.dumps(report, indent=1))
     write_whole(Path(out) / "report.html", page(out, report))
 
@@ -183,6 +430,12 @@ def page(out, report):
             lines = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in cells)
             header = "<tr><th>question</th><th>answer</th><th>expected</th><th></th></tr>"
             body.append(f"<details><summary>{e(task)}: some answers</summary><table>{header}{lines}</table></details>")
+    for name, cleaning in report.get("cleaning", {}).items():
+        lines = "<tr><th>dropped</th><th>documents</th><th>three beginnings</th></tr>"
+        for rule, count in cleaning["dropped"].items():
+            shown = "".join(f"<div>{e(text)}</div>" for text in cleaning["examples"][rule])
+            lines += f"<tr><th>{e(rule)}: {e(RULES.get(rule, ''))}</th><td>{count:,}</td><td>{shown}</td></tr>"
+        body.append(f"<h2>Cleaning</h2><p>{e(name)}: {cleaning['kept']:,} documents kept</p><table>{lines}</table>")
     machine = ", ".join(f"{k} {v}" for k, v in report["machine"].items())
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>onesitting: {e(str(Path(out).resolve().name))}</title>
@@ -215,11 +468,12 @@ class Config:
     stage: str = ""  # base, sft or rl; empty is the last there is
     tasks: str = DEMO  # names with commas between
     files: str = ""  # folder of the public tasks' own files, such as gsm8k_test.jsonl
-    count: int = 500  # items a task
+    count: int = -1  # items a task, 0 is all; -1 is 500, and all of CORE
     seed: int = 0  # another seed, other items
     split: str = "test"  # test or train
     slots: int = 64  # answers generated at once
     show: int = 3  # answers printed a task
+    core: str = ""  # folder of the CORE bundle: instead of tasks, the CORE metric
     text: str = ""  # file or folder: instead of tasks, the bits per byte of this text
     report: bool = False  # only rebuild the report
     device: str = "auto"  # cuda, cpu
@@ -245,6 +499,13 @@ def main(argv):
         tokens = np.concatenate(list(encode_documents(tokenizer, read_documents(cfg.text), bos)))
         bpb = bits_per_byte(model, tokenizer, TokenSet([tokens], bos, whole=True), machine)
         return machine.print(f"{cfg.out}/{stage} step {state['step']}: {bpb:.4f} bits per byte on {cfg.text}")
+    if cfg.core:
+        found, path = latest(f"{cfg.out}/{stage}"), f"{cfg.out}/{stage} step {state['step']}"
+        machine.print(f"{path}: CORE, from {cfg.core}")
+        results, core = run_core(model, tokenizer, machine, cfg.core, found / "core.json", max(0, cfg.count))
+        figures = {f"accuracy/core {k}": v[0] for k, v in results.items()} | {f"n/core {k}": v[1] for k, v in results.items()}
+        return record(cfg.out, machine, stage, figures | ({"CORE": core} if core is not None else {}))
+    cfg.count = {-1: 500, 0: 2**31}.get(cfg.count, cfg.count)
     machine.print(f"{cfg.out}/{stage} step {state['step']}, {cfg.split} items of seed {cfg.seed}")
     results = run_tasks(model.to(machine.dtype), tokenizer, machine, names, cfg.count, cfg.files, cfg.seed, cfg.split, cfg.slots)
     for name, (accuracy, n, shown) in results.items():

@@ -39,6 +39,8 @@ class Config:
     val_data: str = ""  # fixed validation text; empty holds out one document in a hundred
     val_documents: int = 0  # use only so many documents of val_data; 0 is all
     vocab_size: int = 2048  # of the tokenizer, where one has to be trained
+    clean: bool = False  # drop training documents that RULES in data.py says are junk, duplicates or evaluation items
+    evaluations: str = ""  # with --clean: files of evaluation items (.jsonl, .csv) or folders of them, with commas between
     # model
     depth: int = 4  # the dial: width, heads, batch, rates and horizon follow
     seq_len: int = 512  # context in tokens, T

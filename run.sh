@@ -3,9 +3,11 @@
 # bash run.sh test     set up and run the tests
 # bash run.sh serve    set up and start the chat page
 # Further words go to the program: `bash run.sh serve --port=9000`, `bash run.sh test -k muon`.
-# OUT=DIR is the run's folder (out). DATA=PATH trains on your own text. A second call does only what is not done yet.
+# OUT=DIR is the run's folder (out). DATA=PATH trains on your own text; DATA=climbmix (or c4, tinystories) downloads it first,
+# SHARDS=N of it, from MIRROR=URL if named. A second call does only what is not done yet.
 set -euo pipefail
-DATA=${DATA:+$(realpath "$DATA")}
+DATA=${DATA:-} VAL=
+case $DATA in climbmix | c4 | tinystories) ;; ?*) DATA=$(realpath "$DATA") ;; esac
 cd "$(dirname "$0")"
 OUT=${OUT:-out} VENV=$PWD/.venv
 
@@ -59,14 +61,18 @@ all)
     setup
     n=$(python -c 'import torch; print(torch.cuda.device_count())')
     run() { if [ "$n" -gt 1 ]; then torchrun --standalone --nproc_per_node="$n" "$@"; else python "$@"; fi; }
+    case $DATA in climbmix | c4 | tinystories)
+        python data.py download --source="$DATA" --shards="${SHARDS:-1}" --mirror="${MIRROR:-}" --out="$OUT/text"
+        DATA=$OUT/text/train VAL=$OUT/text/val ;;
+    esac
     if [ -z "$DATA" ]; then
         # the demo: three layers learn the embedded world, in minutes on a CPU; more GPUs would not help
         n=0
         run pretrain.py --out="$OUT" --depth=3 --seq_len=256 --batch_tokens=4096 --steps=300
     elif [ "$n" = 0 ]; then
-        run pretrain.py --out="$OUT" --data="$DATA" --depth=4 --vocab_size=4096 --steps=1000
+        run pretrain.py --out="$OUT" --data="$DATA" --val_data="$VAL" --depth=4 --vocab_size=4096 --steps=1000
     else
-        run pretrain.py --out="$OUT" --data="$DATA" --depth=12 --seq_len=1024 --vocab_size=32768 --window_pattern=SSSL --compile=1
+        run pretrain.py --out="$OUT" --data="$DATA" --val_data="$VAL" --depth=12 --seq_len=1024 --vocab_size=32768 --window_pattern=SSSL --compile=1
     fi
     run sft.py --out="$OUT"
     run rl.py --out="$OUT"

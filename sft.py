@@ -5,6 +5,7 @@ Supervised fine-tuning: from a model that continues text to one that answers, us
     torchrun --nproc_per_node=8 sft.py
     python sft.py --out=more --from=out --init=sft            # go on from a fine-tuned model, in a folder of its own
     python sft.py --data=FILE.jsonl                           # your own conversations beside the demo's (--chats=0: alone)
+    python sft.py --mix=FOLDER --chats=0 --steps=3000         # public conversations, as `data.py download` brings them
     python sft.py --data=gsm8k_train.jsonl --chats=0 --tasks=gsm8k --files=DIR
 
 Own conversations are .jsonl: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]} a line.
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from data import DEMO, adopt_tokenizer, batch, chat_set, conversations, load_tokenizer, read_conversations, render, task_names
+from data import DEMO, adopt_tokenizer, batch, chat_set, conversations, load_tokenizer, mixture, read_conversations
+from data import render, task_names
 from evals import record, run_tasks, task_figures
 from gpt import Patience, command, compile_model, find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, parent_hash, save_checkpoint, start_machine, trim_metrics
@@ -41,6 +43,8 @@ class Config:
     # data
     chats: int = 16000  # conversations of the demo world; 0 is none
     data: str = ""  # conversations of your own: .jsonl files or folders of them, with commas between
+    mix: str = ""  # folder of downloaded conversations, mixed by the shares of MIXTURE in data.py
+    mix_count: int = 100000  # conversations of that mixture
     # optimisation
     steps: int = 240  # updates; suits the demo, and the first lines printed say how many epochs it is
     batch_rows: int = 16  # rows of an update, over all ranks
@@ -79,6 +83,8 @@ def lr_scale(step, cfg):
 def main(argv):
     cfg = override(Config(), argv, __doc__)
     names, chats = task_names(cfg.tasks), read_conversations(cfg.data) if cfg.data else []
+    if cfg.mix:
+        chats += mixture(cfg.mix, cfg.mix_count, cfg.seed)
     if cfg.chats + len(chats) == 0:
         raise SystemExit("there is nothing to learn from: name conversations with --data=FILE.jsonl, or leave --chats as it is")
     machine = start_machine(cfg.device, cfg.dtype, cfg.threads, cfg.deterministic)

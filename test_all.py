@@ -17,6 +17,8 @@ import copy
 import dataclasses
 import functools
 import gzip
+import hashlib
+import http.server
 import itertools
 import json
 import math
@@ -35,6 +37,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1179,6 +1182,24 @@ def test_a_damaged_plan_is_made_anew(tmp_path, tokenizer):
         assert torch.equal(first_batch(), want)
 
 
+def test_a_large_set_starts_at_once(tmp_path):
+    """Sparse files of 1.7 billion tokens: the first batch takes under 2 seconds, and only shards that are used are planned."""
+    hash, header = "ab" * 32, np.zeros(data.HEADER, np.int32)
+    header[:3], header[4:12] = (data.MAGIC, 1, 2**24), np.frombuffer(bytes.fromhex(hash), np.int32)
+    for i in range(100):
+        with open(tmp_path / f"train_{i:04}.bin", "wb") as f:
+            f.write(header.tobytes() + np.uint16(999).tobytes())  # a <|bos|>, then one long document of zeros
+            f.truncate(4 * data.HEADER + 2 * 2**24)
+    begin = time.time()
+    paths = sorted(tmp_path.glob("train_*.bin"))
+    shards = data.TokenSet([data.open_shard(p, hash) for p in paths], 999, paths=paths)
+    ids, _ = data.batch(shards, 8, 2048, 1, 0)
+    assert time.time() - begin < 2 and (ids[:, 0] == 999).all()
+    assert len(list(tmp_path.glob("*.npz"))) == 1
+    far = data.batch(shards, 8, 2048, 1, 99 * shards.rows(2048, 1) // 8)[0]  # a shard far on
+    assert (far[:, 0] == 999).all() and len(list(tmp_path.glob("*.npz"))) <= 3
+
+
 QUESTION = {"role": "user", "content": "Hi"}
 REPLY = {"role": "assistant", "content": "Hello!"}
 
@@ -1234,6 +1255,56 @@ CHAT = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": [{"type": "python", "text": "1+1"}, {"type": "output", "text": "2"}, {"type": "text", "text": "Two."}]},
 ]
+
+
+def write_public_conversations(folder, count=30):
+    """Each public source in the form it is published in, under the names that a download gives."""
+    turn = lambda role, text, *replies, **more: {"role": role, "text": text, "lang": "en", "replies": list(replies), **more}
+    rows = {
+        "slimorca.jsonl": lambda i: {"conversations": [{"from": f, "value": f"orca {f} {i}"} for f in ("system", "human", "gpt")]},
+        "ultrachat_3.jsonl": lambda i: {"id": str(i), "data": [f"ultra {i}.{j}" for j in range(5)]},
+        "dolly.jsonl": lambda i: {"instruction": f"dolly {i}", "context": "above" if i % 2 else "", "response": "so", "category": "qa"},
+        "gsm8k_train.jsonl": lambda i: {"question": f"gsm {i}", "answer": "48/2 = <<48/2=24>>24\n#### 24"},
+    }
+    for name, row in rows.items():
+        (folder / name).write_bytes(jsonl(row(i) for i in range(count)))
+    worse, best = turn("assistant", "worse", rank=1), turn("assistant", "best", turn("prompter", "why?", turn("assistant", "so", rank=None)), rank=0)
+    foreign = turn("assistant", "besser", rank=0) | {"lang": "de"}
+    trees = [{"message_tree_id": i, "prompt": turn("prompter", f"tree {i}", worse, foreign, best)} for i in range(count)]
+    trees += [{"prompt": turn("prompter", "hallo", best) | {"lang": "de"}}, {"prompt": turn("prompter", "nobody answers")}]
+    (folder / "oasst2.jsonl.gz").write_bytes(gzip.compress(jsonl(trees)))
+    (folder / "data" / "auxiliary_train").mkdir(parents=True)
+    (folder / "data" / "auxiliary_train" / "law.csv").write_text("".join(f"mmlu {i},u,v,w,x,C\n" for i in range(count)))
+
+
+def test_public_conversations_are_read_and_mixed(tmp_path, tokenizer, capsys):
+    write_public_conversations(tmp_path)
+    said = {}
+    for messages in data.mixture(tmp_path, 400, 1):
+        data.render(messages, tokenizer)
+        contents = [m["content"] for m in messages]
+        said.setdefault(contents[0].split()[0], []).append((len(messages), contents[-1]))
+    for word, share, last in [("orca", 0.3, "orca gpt"), ("ultra", 0.3, ".3"), ("dolly", 0.05, "so"), ("tree", 0.05, "so"), ("mmlu", 0.12, "C")]:
+        assert len(said[word]) == round(400 * share) and all(last in content for _, content in said[word]), word
+    assert {n for n, _ in said["orca"]} == {3} and {n for n, _ in said["ultra"]} == {4} and {n for n, _ in said["tree"]} == {4}
+    assert len(said["gsm"]) == 32 and {"type": "python", "text": "48/2"} in said["gsm"][0][1]
+    assert said["Spell"] and all(re.fullmatch("[a-z](-[a-z])+", content) for _, content in said["Spell"])
+    assert data.mixture(tmp_path, 400, 1) == data.mixture(tmp_path, 400, 1) != data.mixture(tmp_path, 400, 2)
+    assert "note" not in capsys.readouterr().out
+    (tmp_path / "dolly.jsonl").rename(tmp_path / "away")
+    assert len(data.mixture(tmp_path, 400, 1)) == 380 and "has no dolly" in capsys.readouterr().out
+    assert len(data.read_conversations(f"{tmp_path}/slimorca.jsonl,{tmp_path}/oasst2.jsonl.gz")) == 60
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SystemExit, match="has none of slimorca.*data.py download"):
+        data.mixture(tmp_path / "none", 400, 1)
+
+
+def test_a_stage_learns_from_the_mixture(tiny_run, tmp_path):
+    write_public_conversations(tmp_path)
+    out = f"--out={tmp_path / 'out'}"
+    printed = run("sft.py", out, f"--from={tiny_run}", f"--mix={tmp_path}", "--mix_count=200", *TINY_SFT, "--chats=0", "--steps=2")[1]
+    assert "fine-tuning: 200 conversations" in printed
+    assert "there is nothing to learn from" in run("sft.py", out + "2", f"--from={tiny_run}", "--chats=0", check=False)[1]
 
 
 def test_chat_template(tokenizer):
@@ -1382,6 +1453,302 @@ def test_a_question_too_long_loses_its_beginning(tokenizer):
     full, _ = data.render(item["messages"], tokenizer, reply=True)
     assert len(ids) == 48 and ids[0] == full[0] and ids[1:] == full[-47:]
     assert data.question(item, tokenizer, 64, 900)[-5:] == full[-5:] and len(data.question(item, tokenizer, 64, 900)) == 32
+
+
+# -----------------------------------------------------------------------------
+# Downloads, from a server here that misbehaves on demand
+
+
+class Host(http.server.BaseHTTPRequestHandler):
+    """Serves `files` (path: bytes) with byte ranges; `faults` is a list of (what, path's part) that are used up in turn."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def say(self, status, body=b"", **headers):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        host, path = self.server, self.path.partition("?")[0]
+        with host.lock:
+            fault = next((f for f in host.faults if f[1] in self.path), ("", ""))
+            if fault[0] and fault in host.once:
+                host.faults.remove(fault)
+            host.asked.append((self.path, self.headers.get("Range"), time.time()))
+        match fault[0]:
+            case "wait":
+                return self.say(429, Retry_After="1")
+            case "busy":
+                return self.say(503)
+            case "page":
+                return self.say(200, b"<!doctype html><p>sign in", Content_Type="text/html")
+            case "plain page":
+                return self.say(200, b"<!doctype html><p>sign in", Content_Type="application/octet-stream")
+        if host.signed and "signature" not in self.path:
+            host.signatures += 1
+            return self.say(302, Location=f"{self.path}?signature={host.signatures}")
+        if host.signed and int(self.path.rpartition("=")[2]) < host.valid_from:
+            return self.say(403)
+        if path not in host.files:
+            return self.say(404)
+        body, total, status, headers = host.files[path], len(host.files[path]), 200, {}
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if span and fault[0] != "no ranges":
+            first, last = int(span[1]), min(total - 1, int(span[2] or total))
+            if first >= total:
+                return self.say(416, Content_Range=f"bytes */{total}")
+            body, status, headers = body[first : last + 1], 206, {"Content-Range": f"bytes {first}-{last}/{total}"}
+            if fault[0] == "other bytes":
+                headers = {"Content-Range": f"bytes {first + 7}-{last}/{total}"}
+        if fault[0] == "short":  # announces less than there is
+            body = body[: len(body) // 2]
+        if fault[0] == "flipped":
+            body = bytes([body[0] ^ 1]) + body[1:]
+        if fault[0] == "unsaid":
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+            return
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body) + 9 * (fault[0] == "long")))
+        self.end_headers()
+        if fault[0] in ("drop", "hang", "long"):
+            self.wfile.write(body[: (len(body) + 1) // 2] if fault[0] != "long" else body)
+            self.wfile.flush()
+            time.sleep(3 * (fault[0] == "hang"))
+            self.close_connection = True
+        elif fault[0] == "slow":
+            for i in range(0, len(body), 1000):
+                self.wfile.write(body[i : i + 1000])
+                time.sleep(0.004)
+        else:
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def host():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
+        server.files, server.faults, server.once, server.asked, server.lock = {}, [], [], [], threading.Lock()
+        server.signed, server.signatures, server.valid_from, server.daemon_threads = False, 0, 0, True
+        server.handle_error = lambda *_: None  # clients that leave are no news
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def fetch(host, source, out, **knobs):
+    mirror = f"http://127.0.0.1:{host.server_address[1]}"
+    data.download(data.DownloadConfig(source, str(out), mirror=mirror, **{"wait": 0.002, "patience": 1, "slice_mb": 0.02, **knobs}))
+
+
+def jsonl(rows):
+    return "".join(json.dumps(r) + "\n" for r in rows).encode()
+
+
+@pytest.fixture(scope="session")
+def climbmix():
+    """100 parts in the layout of ClimbMix: sorted by topic, of unequal length, each document unlike every other."""
+    rng, parts = random.Random(1), {}
+    for p in range(100):
+        rows = [{"text": f"part {p} row {i}: " + "é" * rng.randrange(40), "cluster_id": i // 20, "token_count": 7} for i in range(rng.randint(180, 260))]
+        parts[data.CLIMBMIX[p].replace("https:/", "")] = jsonl(rows)
+    return parts
+
+
+def read_texts(path):
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def test_climbmix_shards_are_fair_mixtures(host, climbmix, tmp_path, capsys):
+    host.files, host.signed = climbmix, True
+    fetch(host, "climbmix", tmp_path, shards=2)
+    files = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert files == ["source.json", "train/climbmix_00000.jsonl", "train/climbmix_00001.jsonl", "val/climbmix.jsonl"]
+    sets = [read_texts(tmp_path / f) for f in files[1:]]
+    everything = {row["text"] for body in climbmix.values() for row in map(json.loads, body.splitlines())}
+    assert not set(sets[0]) & set(sets[1]) and not set(sets[2]) & set(sets[0] + sets[1])
+    for texts in sets[:2]:
+        parts = [int(t.split()[1]) for t in texts]
+        assert set(texts) <= everything and len(set(texts)) == len(texts) and len(set(parts)) > 95
+        assert sum(a <= b for a, b in zip(parts, parts[1:])) < 0.7 * len(parts)  # not part after part
+    paths = [path for path, _, _ in host.asked if "signature" not in path]
+    assert len(paths) == 100  # the link that a part led to served its other slices too
+    spans = [span for path, span, _ in host.asked if "part_7.jsonl?" in path]
+    assert spans == ["bytes=0-326", "bytes=327-21298", "bytes=21299-42270"]
+    fetch(host, "climbmix", tmp_path, shards=2)
+    assert len(host.asked) == 400  # 100 of them led elsewhere; nothing is asked for twice
+    host.valid_from = 10**6  # every link is refused now
+    with pytest.raises(SystemExit, match="403"):
+        fetch(host, "climbmix", tmp_path, shards=3, slice_mb=0.02)
+    with pytest.raises(SystemExit, match="another --out=DIR"):
+        fetch(host, "climbmix", tmp_path, shards=2, slice_mb=1)
+
+
+def test_a_refused_link_is_asked_for_anew(host, climbmix, tmp_path):
+    host.files, host.signed = climbmix, True
+    fetcher = data.Fetcher(f"http://127.0.0.1:{host.server_address[1]}", 0.01, 1)
+    for n in range(3):
+        fetcher.fetch(data.CLIMBMIX[n // 2], tmp_path / str(n), 0, 99)
+        host.valid_from = host.signatures + (n == 0)
+    assert [path.partition("?")[2] for path, *_ in host.asked] == ["", "signature=1", "signature=1", "", "signature=2", "", "signature=3"]
+
+
+FAULTS = ["drop", "wait", "busy", "page", "plain page", "short", "long", "other bytes", "unsaid", "flipped", "hang"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_misbehaving_host_leaves_files_whole_or_absent(fault, host, tmp_path):
+    """Each fault once: the file comes all the same. For ever: one line, and no file."""
+    body = gzip.compress(jsonl({"text": f"document {i}"} for i in range(2000)))
+    host.files = {"/host/a.jsonl.gz": body, "/host/b.jsonl.gz": body}
+    host.faults = [(fault, "a.jsonl")]
+    host.once = host.faults[:]
+    start = time.time()
+    fetch(host, "https://host/a.jsonl.gz", tmp_path)
+    assert (tmp_path / "train" / "a.jsonl.gz").read_bytes() == body and not host.faults
+    assert fault != "wait" or time.time() - start > 1  # Retry-After was honoured
+    if fault not in ("hang", "wait"):
+        host.faults = [(fault, "b.jsonl")]
+        if fault == "drop":  # each time half of the rest: that is progress, and comes to its end
+            fetch(host, "https://host/b.jsonl.gz", tmp_path)
+            assert (tmp_path / "train" / "b.jsonl.gz").read_bytes() == body
+        else:
+            with pytest.raises(SystemExit, match="https://host/b.jsonl.gz: .*goes on from there"):
+                fetch(host, "https://host/b.jsonl.gz", tmp_path)
+            assert not (tmp_path / "train" / "b.jsonl.gz").exists()
+
+
+def test_a_hash_that_is_known_is_checked(host, tmp_path, monkeypatch):
+    rows = jsonl([{"question": "1+1?", "answer": "#### 2"}])
+    for name, url, _ in data.PUBLIC["gsm8k"]:
+        host.files[url.replace("https:/", "")] = rows
+    with pytest.raises(SystemExit, match="its sha256 is"):
+        fetch(host, "gsm8k", tmp_path)
+    assert not list(tmp_path.glob("*.jsonl"))
+    files = [(name, url, hashlib.sha256(rows).hexdigest()) for name, url, _ in data.PUBLIC["gsm8k"]]
+    monkeypatch.setitem(data.PUBLIC, "gsm8k", files)
+    fetch(host, "gsm8k", tmp_path)
+    assert data.Gsm8k.items("test", 0, 5, str(tmp_path))[0]["answer"] == 2
+
+
+@pytest.mark.parametrize("fault", ["no ranges", "page", "missing"])
+def test_climbmix_that_is_not_as_thought_becomes_c4(fault, host, climbmix, tmp_path, capsys):
+    body = gzip.compress(jsonl({"text": f"document {i}", "url": ""} for i in range(50)))
+    c4 = {data.C4.format(*args).replace("https:/", ""): body for args in (("validation", 0, 8), ("train", 0, 1024), ("train", 1, 1024))}
+    host.files = c4 | (climbmix if fault != "missing" else {})
+    host.faults = [(fault, "ClimbMix")]
+    for shards in (1, 2):
+        fetch(host, "climbmix", tmp_path, shards=shards)
+        printed = capsys.readouterr().out
+        assert ("ClimbMix cannot be had" in printed and "taking C4 instead" in printed) == (shards == 1)
+    assert sorted(p.name for p in tmp_path.rglob("*.gz")) == ["c4.jsonl.gz", "c4_00000.jsonl.gz", "c4_00001.jsonl.gz"]
+    assert len(list(data.read_documents(tmp_path / "train"))) == 100
+
+
+def test_a_killed_download_goes_on(host, climbmix, tmp_path):
+    """SIGKILL in the middle: what is there stays, is asked for no more, and the end is as if nothing had happened."""
+    host.files = climbmix
+    fetch(host, "climbmix", tmp_path / "whole")
+    asked, host.asked = len(host.asked), []
+    mirror = f"--mirror=http://127.0.0.1:{host.server_address[1]}"
+    host.faults = [("slow", "part_")]
+    process = start("data.py", "download", mirror, f"--out={tmp_path / 'killed'}", "--slice_mb=0.02", printed=tmp_path / "printed")
+    while len(host.asked) < 130 and process.is_alive():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (tmp_path / "killed" / "train" / "climbmix_00000.jsonl").exists()
+    host.faults = []
+    fetch(host, "climbmix", tmp_path / "killed")
+    for name in ("train/climbmix_00000.jsonl", "val/climbmix.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(host.asked) <= asked + data.FETCHERS and not [p for p in tmp_path.rglob("*") if ".part" in p.name or ".slices" in p.name]
+
+
+def test_tinystories_and_the_right_words(host, tmp_path):
+    for name, url, _ in data.PUBLIC["tinystories"]:
+        host.files[url.replace("https:/", "")] = b"One day.\n<|endoftext|>\nAnother day.\n<|endoftext|>\n"
+    fetch(host, "tinystories", tmp_path)
+    assert [t.strip() for t in data.read_documents(tmp_path / "val")] == ["One day.", "Another day."]
+    for source, message in (("climbmax", "there is no source"), ("https://a/x.exe", "have to end in"), ("https://a/x.txt,https://b/x.txt", "names of their own")):
+        with pytest.raises(SystemExit, match=message):
+            fetch(host, source, tmp_path / "other")
+    with pytest.raises(SystemExit, match="data.py download --source=tinystories"):
+        list(data.read_documents("tinystories"))
+
+
+def test_documents_in_a_text_longer_than_a_block(tmp_path):
+    texts = ["a" * 5_000_000, "b\n" * 3_000_000, "c", "d" * 100 + "\n"]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
+    assert list(data.read_documents(tmp_path)) == texts
+
+
+def test_cleaning_finds_what_was_planted(tmp_path, tokenizer, capsys):
+    """A duplicate, an evaluation item in other clothes, and junk of each kind; what is dropped is counted and shown."""
+    rng = random.Random(4)
+    vocabulary = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))) for _ in range(3000)]
+    written = lambda n: " ".join(rng.choices(vocabulary, k=n)) + "."
+    good = [written(rng.randint(40, 200)) for _ in range(300)]
+    item, other = written(20), written(20)
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "a.jsonl").write_bytes(jsonl([{"query": item, "choices": ["a", "b"]}]))
+    (tmp_path / "task" / "b.csv").write_text(f'{other},"x",y\n')
+    loud = ", ".join(item.upper().split()[2:15])
+    planted = {
+        "evaluation": [f"{written(60)} {loud} {written(60)}", f"{written(50)} {other}"],
+        "duplicate": [good[7], good[200]],
+        "repetition": ["buy it now and here " * 50, "\n".join([written(9), written(30)] * 3)],
+        "symbols": ["<%$#@!> " * 40 + written(20)],
+        "length": ["too short", "long " * 300_000],
+    }
+    almost = [f"{written(40)} {' '.join(item.split()[2:14])} {written(40)}", f"{good[7]} "]  # 12 words; another text
+    documents = good + almost + [text for texts in planted.values() for text in texts]
+    cleaner = data.Cleaner(str(tmp_path / "task"))
+    for size in (10**4, 10**9):
+        cleaner = data.Cleaner(str(tmp_path / "task"))
+        assert sorted(cleaner.clean(iter(documents), size)) == sorted(good + almost)
+        assert cleaner.dropped == {rule: len(planted[rule]) for rule in data.RULES} and cleaner.kept == 302
+    (tmp_path / "text.jsonl").write_bytes(jsonl({"text": text} for text in documents))
+    (tmp_path / "val.txt").write_text(good[0])
+    tokenizer.save(str(tmp_path / "out" / "tokenizer"))
+    cfg = data.PrepareConfig(str(tmp_path / "out"), data=str(tmp_path / "text.jsonl"), val_data=str(tmp_path / "val.txt"))
+    cfg.clean, cfg.evaluations = True, str(tmp_path / "task")
+    train = data.prepare(cfg, CPU)[2]
+    assert (np.concatenate(train.arrays) == tokenizer.special("<|bos|>")).sum() == 302
+    evals.record(tmp_path / "out", CPU, "base", {"bpb": 1.0})
+    page, printed = (tmp_path / "out" / "report.html").read_text(), capsys.readouterr().out
+    assert "302 documents kept" in page and "&lt;%$#@!&gt;" in page and "302 of 311 documents kept" in printed and "| too short" in printed
+    assert all(re.search(rf"{rule} +{len(texts)} dropped", printed) for rule, texts in planted.items())
+    cfg.clean = False
+    with pytest.raises(SystemExit, match="choose another --out=DIR"):
+        data.prepare(cfg, CPU)
+
+
+def test_a_set_of_numbers_takes_16_bytes_each():
+    rng, seen, known = np.random.default_rng(0), data.Seen(), set()
+    for n in [1, 1, 1000, 3, 70_000, 5000, 5000, 200_000, 7]:
+        numbers = rng.integers(0, 150_000, n, dtype=np.uint64)
+        want = [not (x in known or known.add(x)) for x in numbers.tolist()]
+        assert seen.add(numbers).tolist() == want
+        assert sum(level.nbytes for level in seen.levels) == 8 * len(known)
+    assert len(seen.levels) < 20
+    many = data.Seen()
+    tracemalloc.start()
+    for i in range(64):
+        many.add(rng.integers(0, 2**63, 2**14, dtype=np.uint64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * 2**20 + 2**20  # and what one batch needs
 
 
 # -----------------------------------------------------------------------------
@@ -1616,6 +1983,181 @@ def test_report_escapes_and_stands_alone(tmp_path):
     page, report = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())
     assert "<script" not in page and "&lt;script&gt;?" in page and "<polyline" in page and "http" not in page
     assert report["stages"]["base"] == {"bpb": 1.25, "accuracy/facts": 0.5, "n/facts": 10} and report["seconds"]["base"] == 60
+
+
+def test_multiple_choice_from_its_files(tmp_path):
+    own = {"id": "1", "question": {"stem": "Why?", "choices": [{"text": t, "label": n} for t, n in zip("uvw", "123")]}, "answerKey": "2"}
+    (tmp_path / "ARC-Challenge-Test.jsonl").write_bytes(jsonl([own]))
+    (tmp_path / "eval_data" / "world_knowledge").mkdir(parents=True)
+    (tmp_path / "eval_data" / "world_knowledge" / "arc_easy.jsonl").write_bytes(jsonl([{"query": "Question: Why?", "choices": ["u", "v", "w"], "gold": 1}]))
+    (tmp_path / "data" / "test").mkdir(parents=True)
+    (tmp_path / "data" / "test" / "law_test.csv").write_text('Why?,u,v,w,"x, y",B\n"a ""b"" c",1,2,3,4,D\n')
+    (challenge,), (easy,) = (data.TASKS[name].items("test", 0, 9, str(tmp_path)) for name in ("arc_challenge", "arc_easy"))
+    assert challenge == easy and easy["answer"] == "B" and easy["letters"] == "ABC"
+    assert easy["messages"][0]["content"].startswith("Why?\nA. u\nB. v\nC. w\n")
+    law = sorted(data.Mmlu.items("test", 0, 9, str(tmp_path)), key=lambda item: item["answer"])
+    assert [item["answer"] for item in law] == ["B", "D"] and "D. x, y" in law[0]["messages"][0]["content"]
+    assert data.Choice.grade(easy, "B") == 1 and data.Choice.grade(easy, "A") == data.Choice.grade(easy, "") == 0
+    with pytest.raises(SystemExit, match="the task arc_easy needs .*ARC-Easy-Train.jsonl.*--source=core"):
+        data.Arc.items("train", 0, 9, str(tmp_path))
+    (tmp_path / "data" / "test" / "law_test.csv").write_text("Why?,u,v,w,x,F\n")
+    with pytest.raises(SystemExit, match="law_test.csv row 1"):
+        data.Mmlu.rows.__wrapped__("test", str(tmp_path))
+
+
+def test_the_likeliest_letter_wins(chatty, tokenizer):
+    rng = random.Random(2)
+    prompts = [[rng.randrange(600) for _ in range(rng.randint(1, 60))] for _ in range(30)]
+    letters = [data.Choice.letters[: rng.randint(2, 6)] for _ in prompts]
+    want = []
+    for prompt, some in zip(prompts, letters):
+        logits = chatty(torch.tensor([prompt]))[0, -1]
+        want.append(max(some, key=lambda letter: logits[tokenizer.encode(letter)[0]].item()))
+    assert evals.likeliest(chatty, tokenizer, prompts, letters, "cpu") == want and len(set(want)) > 2
+
+
+def write_core(folder, count=8):
+    """The files of all 22 tasks with made items; returns {label: rows}."""
+    rng, rows = random.Random(1), {}
+    word = lambda: "".join(rng.choices("abcdefgh", k=rng.randint(1, 3)))
+    words = lambda most: " ".join(word() for _ in range(rng.randint(1, most)))
+    for label, name, _, kind, *_ in evals.CORE:
+        file = folder / "eval_data" / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows[label] = []
+        for _ in range(count):
+            n = rng.randint(2, 4)
+            if kind == evals.CHOICE:
+                row = {"query": words(4) + " ", "choices": [words(3) for _ in range(n)]}
+            elif kind == evals.SCHEMA:
+                row = {"context_options": [words(6) for _ in range(n)], "continuation": words(3)}
+            else:
+                row = {"context": f"  {words(5)}\n", "continuation": words(2)}
+            rows[label].append(row if kind == evals.LM else row | {"gold": rng.randrange(n)})
+        file.write_bytes(jsonl(rows[label]))
+    rows["hellaswag_zeroshot"] = rows["hellaswag"]
+    return rows
+
+
+def plain_core(model, tokenizer, rows, shots, kind, delimiter):
+    """The published procedure, one text at a time."""
+    bos, T, answers = tokenizer.special("<|bos|>"), model.cfg.seq_len, []
+    rows = rows[:]
+    random.Random(1337).shuffle(rows)
+
+    def losses(ids):
+        return F.cross_entropy(model(torch.tensor([ids]))[0, :-1], torch.tensor(ids[1:]), reduction="none")  # of token i + 1
+
+    for i, row in enumerate(rows):
+        prompt = ""
+        for j in random.Random(1234 + i).sample([j for j in range(len(rows)) if j != i], shots):
+            shot = rows[j]
+            if kind == "multiple_choice":
+                prompt += shot["query"] + delimiter + shot["choices"][shot["gold"]] + "\n\n"
+            elif kind == "schema":
+                prompt += shot["context_options"][shot["gold"]] + delimiter + shot["continuation"] + "\n\n"
+            else:
+                prompt += shot["context"].strip() + delimiter + shot["continuation"] + "\n\n"
+        encode = lambda text: [bos, *tokenizer.encode(text)]
+        if kind == "language_modeling":
+            short = encode((prompt + row["context"].strip() + delimiter).strip())
+            long = encode(prompt + row["context"].strip() + delimiter + row["continuation"])
+            assert long[: len(short)] == short
+            over = max(0, len(long) - T)
+            said = model(torch.tensor([long[over:]]))[0].argmax(-1).tolist()
+            answers.append(said[len(short) - over - 1 : -1] == long[len(short) :])
+            continue
+        if kind == "multiple_choice":
+            texts = [encode(prompt + row["query"] + delimiter + choice) for choice in row["choices"]]
+            first = next((i for i, tokens in enumerate(zip(*texts)) if len(set(tokens)) > 1), min(map(len, texts)))
+            parts = [len(ids) - first for ids in texts]
+        else:
+            texts = [encode(prompt + context + delimiter + row["continuation"]) for context in row["context_options"]]
+            same = next((i for i, tokens in enumerate(zip(*(ids[::-1] for ids in texts))) if len(set(tokens)) > 1), min(map(len, texts)))
+            parts = [same] * len(texts)
+        means = [losses(ids[-T:])[-part:].mean().item() if part else math.nan for ids, part in zip(texts, parts)]
+        answers.append(means.index(min(means)) == row["gold"])
+    return answers
+
+
+def test_core_equals_a_plain_reference(tokenizer, tmp_path, capsys, monkeypatch):
+    """Tasks of all three kinds, answer by answer; then with a context so short that texts are cut."""
+    rows = write_core(tmp_path)
+    picked = ("jeopardy", "arc_easy", "copa", "lambada_openai", "winograd", "agi_eval_lsat_ar")
+    tasks = [(*task[:2], min(task[2], 5), *task[3:]) for task in evals.CORE if task[0] in picked]
+    monkeypatch.setattr(evals, "CORE", tasks)
+    for seq_len in (250, 40):
+        model = small(vocab_size=tokenizer.vocab_size, seq_len=seq_len, depth=2)
+        results, core = evals.run_core(model, tokenizer, CPU, tmp_path, tmp_path / f"core_{seq_len}.json")
+        kept = json.loads((tmp_path / f"core_{seq_len}.json").read_text())
+        seen = set()
+        for label, _, shots, kind, delimiter, guess, _ in evals.CORE:
+            want = plain_core(model, tokenizer, rows[label], shots, kind, delimiter)
+            assert [c == "1" for c in kept[label]["right"]] == want, label
+            accuracy = sum(want) / len(want)
+            assert results[label] == pytest.approx((accuracy, 8, (100 * accuracy - guess) / (100 - guess)))
+            seen |= {accuracy}
+        assert len(seen) > 1 and core == pytest.approx(np.mean([r[2] for r in results.values()]))
+        cut = [entry["cut"] for entry in kept.values()]
+        assert (sum(cut) > 0) == (seq_len == 40)
+    printed = capsys.readouterr().out
+    assert f"CORE: {core:.4f}" in printed and "cut to 40 tokens" in printed
+
+
+def test_core_needs_all_of_its_tasks(tokenizer, tmp_path, capsys, monkeypatch):
+    write_core(tmp_path, count=3)
+    model, cache = small(vocab_size=tokenizer.vocab_size, seq_len=64, depth=1), tmp_path / "core.json"
+    (tmp_path / "eval_data" / "language_understanding" / "hellaswag.jsonl").rename(tmp_path / "away")
+    results, core = evals.run_core(model, tokenizer, CPU, tmp_path, cache)
+    printed = capsys.readouterr().out
+    assert core is None and len(results) == 20 and "CORE:" not in printed and "there is no CORE" in printed
+    assert "missing: hellaswag_zeroshot" in printed and "hellaswag.jsonl" in printed
+    monkeypatch.setattr(evals, "core_task", None)  # all that is there is known of this checkpoint
+    assert evals.run_core(model, tokenizer, CPU, tmp_path, cache)[0] == results
+    with pytest.raises(TypeError):
+        evals.run_core(model, tokenizer, CPU, tmp_path, cache, count=2)
+    (tmp_path / "eval_data" / "commonsense_reasoning" / "copa.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 2}\n')
+    with pytest.raises(SystemExit, match="copa.jsonl line 1: wanted"):
+        evals.run_core(model, tokenizer, CPU, tmp_path, cache)
+
+
+def test_core_is_shared_among_ranks(tokenizer, tmp_path):
+    rows = write_core(tmp_path)
+    model = small(vocab_size=tokenizer.vocab_size, seq_len=250, depth=1)
+    for label, _, _, kind, delimiter, *_ in evals.CORE[3:12:8]:
+        want, _ = evals.core_task(model, tokenizer, CPU, rows[label], 2, kind, delimiter)
+        parts = []
+        for rank in range(3):
+            machine = Machine(torch.device("cpu"), torch.float32, rank, 3)
+            machine.gather, machine.sum = lambda item: [parts.append(item) or dict(enumerate(want))], lambda n: n
+            evals.core_task(model, tokenizer, machine, rows[label], 2, kind, delimiter)
+        assert [len(part) for part in parts] == [3, 3, 2] and {i: int(v) for part in parts for i, v in part.items()} == dict(enumerate(want))
+
+
+def test_choices_that_share_their_beginning_score_as_each_alone():
+    model, rng, groups = small(seq_len=96), random.Random(5), []
+    for n in range(9):
+        beginning = [rng.randrange(300) for _ in range(rng.randint(1, 60))]
+        ends = [[3 * n + i] + [rng.randrange(300) for _ in range(rng.randint(0, 30))] for i in range(rng.randint(2, 4))]
+        groups.append([(beginning + end, len(beginning), len(beginning + end)) for end in ends])
+    scores = evals.choice_scores(model, groups, "cpu")
+    for group, several in zip(groups, scores):
+        for (ids, first, _), score in zip(group, several, strict=True):
+            loss = F.cross_entropy(model(torch.tensor([ids]))[0, first - 1 : -1], torch.tensor(ids[first:]))
+            assert abs(score - loss.item()) < 1e-4
+
+
+def test_greedy_scores_take_exact_continuations_only():
+    model, rng, spans = small(seq_len=96), random.Random(3), []
+    for n in range(12):
+        ids = [rng.randrange(300) for _ in range(rng.randint(1, 70))]
+        first = len(ids)
+        for _ in range(rng.randint(1, 9)):
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        if n % 3 == 0:
+            ids[rng.randrange(first, len(ids))] ^= 1
+        spans.append((ids, first, len(ids)))
+    assert evals.core_scores(model, spans, "cpu", True) == [float(n % 3 > 0) for n in range(12)]
 
 
 # -----------------------------------------------------------------------------
