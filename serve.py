@@ -535,7 +535,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, cfg):
         super().__init__((cfg.host, cfg.port), Handler)
         self.cfg, self.worker, self.about, self.stopping = cfg, None, {}, False
-        self.key = (cfg.api_key or os.environ.get("ONESITTING_API_KEY", "")).encode()
+        self.key = (cfg.api_key or os.environ.get("ONESITTING_API_KEY", "")).encode(errors="surrogateescape")
         self.lock = threading.Lock()
         self.busy, self.idle = 0, {}  # requests being answered; connections without one, longest idle first
         self.counts = Counter()  # requests by (route, status)

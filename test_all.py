@@ -1444,6 +1444,20 @@ def test_recorded_logprob_equals_scored(chatty, tokenizer, temperature, top_k):
     assert (scored - torch.tensor(request.logprobs)).abs().max() < 1e-4
 
 
+def test_likeliest_tokens_and_score(chatty, tokenizer):
+    engine = Engine(chatty, tokenizer, 2)
+    greedy, sampled = (Params(max_tokens=8, temperature=t, seed=3, top_logprobs=n, tools=False) for t, n in ((0.0, 3), (1.0, 1)))
+    for request in engine.generate([[5, 6, 7], [8]], [greedy, sampled]):
+        logprobs, tops = engine.score(request.prompt + request.ids, 3)
+        assert logprobs[0] is None and tops[0] == []
+        for id, logprob, top, scored, ranked in zip(*(x[::-1] for x in (request.ids, request.logprobs, request.tops, logprobs, tops))):
+            assert abs(logprob - scored) < 1e-4 and [i for i, _ in top] == [i for i, _ in ranked][: request.params.top_logprobs]
+            assert request.params.temperature or top[0] == (id, logprob)
+    for ids in ([], [1] * 97):
+        with pytest.raises(ValueError):
+            engine.score(ids)
+
+
 class Scripted(torch.nn.Module):
     """Stands in for a model: says what the script says, whatever it reads."""
 
@@ -2286,6 +2300,7 @@ def test_serve_chat_logprobs(server, direct):
     [
         ([], "It is 42, so.", True),
         (["42, s"], "It is ", True),  # begins after the calculation
+        (["so"], "It is 42, ", True),
         (["is 42"], "It ", False),  # the calculation lies within it
         (["6*7", "<|python"], "It is 42, so.", True),  # what the calculator was told is no content
     ],
@@ -2319,7 +2334,8 @@ def test_serve_lists_the_token_that_ends_a_completion(tokenizer):
     answer.begin(engine)
     engine.step()
     answer.advance(engine, 0.0, 0.0, deadline=1e12)
-    assert [(at, id) for at, id, _, _ in answer.events.get()[2]] == [(0, tokenizer.special("<|bos|>"))]
+    _, pieces, tokens, finish = answer.events.get()
+    assert (pieces, finish) == ([], "stop") and [(at, id) for at, id, _, _ in tokens] == [(0, tokenizer.special("<|bos|>"))]
 
 
 def test_serve_tokenizes(server, direct):
