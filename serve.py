@@ -137,6 +137,7 @@ class Answer:
     # the worker's own
     request: Request = None
     stream: Stream = None
+    begun: bool = False  # the first token has come
     seen: int = 0  # ids of the request that were taken in
     held: list = field(default_factory=list)  # pieces not sent: their text may be the beginning of a stop string
     tokens: list = field(default_factory=list)  # tokens not sent
@@ -289,10 +290,10 @@ class Worker(threading.Thread):
         now = time.monotonic()
         pace = 0.001 * len(self.answers)  # a thousand events a second, shared
         for answer in self.answers:
-            fresh = not answer.seen
-            answer.advance(self.engine, now, pace, self.deadline)
-            if fresh and answer.seen:
+            if answer.request.ids and not answer.begun:
+                answer.begun = True
                 self.first.add(now - answer.born)
+            answer.advance(self.engine, now, pace, self.deadline)
             if answer.finish:
                 self.whole.add(now - answer.born)
                 self.written += len(answer.request.ids)
