@@ -999,7 +999,7 @@ function read(key) {
 
 function open(key) {
   running?.abort();
-  edit(-1, "");
+  if (edited >= 0) edit(-1, "");
   chat = read(key || `onesitting chat ${Date.now()}`);
   disk["onesitting open"] = chat.key;
   if (chat.messages.at(-1)?.role === "user") $("input").value = chat.messages.pop().content;  // left before its answer came
@@ -1017,7 +1017,7 @@ function edit(place, text) {
   $("editing").hidden = place < 0;
   $("input").value = text;
   grow();
-  $("input").focus();
+  if (place >= 0) $("input").focus();
 }
 
 function save(chat) {
