@@ -2514,7 +2514,11 @@ class Browser:
         self.base = f"http://127.0.0.1:{port}/session"
         options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]}
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}, "unhandledPromptBehavior": "ignore"}
-        self.base += "/" + self.call("", capabilities={"alwaysMatch": wanted})["sessionId"]
+        try:
+            self.base += "/" + self.call("", capabilities={"alwaysMatch": wanted})["sessionId"]
+        except BaseException:  # without a session, nobody else will end it
+            self.driver.kill()
+            raise
         return self
 
     def __exit__(self, *_):
