@@ -137,6 +137,7 @@ class Answer:
     # the worker's own
     request: Request = None
     stream: Stream = None
+    begun: bool = False  # the first token has come
     seen: int = 0  # ids of the request that were taken in
     held: list = field(default_factory=list)  # pieces not sent: their text may be the beginning of a stop string
     tokens: list = field(default_factory=list)  # tokens not sent
@@ -289,10 +290,10 @@ class Worker(threading.Thread):
         now = time.monotonic()
         pace = 0.001 * len(self.answers)  # a thousand events a second, shared
         for answer in self.answers:
-            fresh = not answer.seen
-            answer.advance(self.engine, now, pace, self.deadline)
-            if fresh and answer.seen:
+            if answer.request.ids and not answer.begun:
+                answer.begun = True
                 self.first.add(now - answer.born)
+            answer.advance(self.engine, now, pace, self.deadline)
             if answer.finish:
                 self.whole.add(now - answer.born)
                 self.written += len(answer.request.ids)
@@ -535,7 +536,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, cfg):
         super().__init__((cfg.host, cfg.port), Handler)
         self.cfg, self.worker, self.about, self.stopping = cfg, None, {}, False
-        self.key = (cfg.api_key or os.environ.get("ONESITTING_API_KEY", "")).encode()
+        self.key = (cfg.api_key or os.environ.get("ONESITTING_API_KEY", "")).encode(errors="surrogateescape")
         self.lock = threading.Lock()
         self.busy, self.idle = 0, {}  # requests being answered; connections without one, longest idle first
         self.counts = Counter()  # requests by (route, status)
@@ -998,7 +999,7 @@ function read(key) {
 
 function open(key) {
   running?.abort();
-  edit(-1, "");
+  if (edited >= 0) edit(-1, "");
   chat = read(key || `onesitting chat ${Date.now()}`);
   disk["onesitting open"] = chat.key;
   if (chat.messages.at(-1)?.role === "user") $("input").value = chat.messages.pop().content;  // left before its answer came
@@ -1016,7 +1017,7 @@ function edit(place, text) {
   $("editing").hidden = place < 0;
   $("input").value = text;
   grow();
-  $("input").focus();
+  if (place >= 0) $("input").focus();
 }
 
 function save(chat) {
