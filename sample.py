@@ -156,6 +156,7 @@ class Engine:
         self.slots, self.waiting, self.running = slots, deque(), []
         self.held = [[] for _ in range(slots)]  # what each slot that does not run has read, for prompts that begin so
         self.used, self.clock, self.version = [0] * slots, 0, None  # when each slot was last given away
+        self.reused = 0  # tokens of prompts that needed no reading
         self.chunk = CHUNK * (8 if self.device.type == "cuda" else 1)
         names = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
         self.special = {name: tokenizer.special(f"<|{name}|>") for name in names}
@@ -228,7 +229,7 @@ class Engine:
                 self.exchange(n, place, max(len(self.held[n]), len(self.held[place])))
             if shared and source < n:
                 self.cache.copy(source, n, shared)
-            self.clock += 1
+            self.clock, self.reused = self.clock + 1, self.reused + shared
             self.held[n], self.used[n] = [], self.clock
             self.running.append(self.waiting.popleft())
             self.running[n].read = shared

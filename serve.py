@@ -746,6 +746,7 @@ class Handler(BaseHTTPRequestHandler):
         running = min(worker.taken, server.cfg.slots)
         single = [("running", "gauge", running), ("waiting", "gauge", worker.taken - running), ("connections", "gauge", connections)]
         single += [("prompt_tokens_total", "counter", worker.read), ("generated_tokens_total", "counter", worker.written)]
+        single += [("reused_tokens_total", "counter", worker.engine.reused)]  # of prompts, whose beginnings a slot still held
         lines = ["# TYPE onesitting_requests_total counter"]
         lines += [f'onesitting_requests_total{{route="{route}",status="{status}"}} {n}' for (route, status), n in counts]
         for name, kind, value in single:

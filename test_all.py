@@ -2985,6 +2985,7 @@ def test_serve_metrics(server):
     assert change[f'onesitting_requests_total{{{path},status="200"}}'] == 3 and change[f'onesitting_requests_total{{{path},status="400"}}'] == 1
     assert change['onesitting_requests_total{route="other",status="404"}'] == 1
     assert change["onesitting_prompt_tokens_total"] == sum(s["prompt_tokens"] for s in sizes)
+    assert change["onesitting_reused_tokens_total"] >= 2 * (sizes[0]["prompt_tokens"] - 1)  # the same question twice more
     assert change["onesitting_generated_tokens_total"] == sum(s["completion_tokens"] for s in sizes)
     for name in ("time_to_first_token_seconds", "answer_seconds"):
         assert change[f"onesitting_{name}_count"] == change[f'onesitting_{name}_bucket{{le="+Inf"}}'] == 3
@@ -3083,7 +3084,7 @@ def test_serve_survives_malformed_requests(server):
         starts = collections.Counter(pool.map(send, range(1000)))
         over.set()
         client.result()
-    assert len(answers) > 20 and all(answers), answers
+    assert len(answers) > 5 and all(answers), answers
     statuses = {int(start[9:]) for start in starts if start.startswith(b"HTTP/1.1 ")}
     assert statuses >= {200, 400, 404, 405} and 500 not in statuses, starts
     assert process.poll() is None and requests.get(f"{url}/health", timeout=20).json()["running"] == 0
