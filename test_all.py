@@ -1898,10 +1898,8 @@ def graded_by_length(monkeypatch):
     monkeypatch.setattr(data.Arithmetic, "grade", lambda item, text: float(len(text) % 2))
 
 
-@pytest.mark.parametrize("micro_rows", [1, 5])
-def test_rl_takes_the_gradient_of_its_formula(micro_rows, tiny_run, tmp_path, monkeypatch):
-    """Against the sum over all answers one by one: none is dropped, tokens weigh the same in every batch, the end of an
-    answer counts, and what was sampled from is what is scored."""
+def rl_updates(tiny_run, tmp_path, monkeypatch, micro_rows, extra=()):
+    """Run tiny steps here: the first model, each step's graded answers, each update's multiplier and gradients, the end's id."""
     import rl
 
     shutil.copytree(tiny_run / "sft", tmp_path / "sft")
@@ -1909,28 +1907,71 @@ def test_rl_takes_the_gradient_of_its_formula(micro_rows, tiny_run, tmp_path, mo
     end, often = tokenizer.special("<|assistant_end|>"), tokenizer.encode(".")[0]
     trained["unembed.weight"][[end, often]] = trained["unembed.weight"][[often, end]]  # so that answers end now and then
     torch.save(trained, gpt.latest(tmp_path / "sft") / "model.pt")
-    seen, rollouts = [], rl.rollouts
-    monkeypatch.setattr(rl, "rollouts", lambda *args: seen.append(rollouts(*args)) or seen[-1])
+    seen, graded = [], rl.graded
+    monkeypatch.setattr(rl, "graded", lambda *args: seen.append(graded(*args)) or seen[-1])
     graded_by_length(monkeypatch)
     first, updates = watch_updates(rl, monkeypatch)
-    knobs = [*TINY_RL, "--problems=4", "--samples=8", "--max_tokens=30", f"--micro_rows={micro_rows}", "--steps=2"]
+    knobs = [*TINY_RL, "--problems=4", "--samples=8", "--max_tokens=30", f"--micro_rows={micro_rows}", "--steps=2", *extra]
     rl.main([f"--out={tmp_path}", f"--from={tiny_run}", *knobs])
+    return first[0], seen, updates, end
+
+
+def plain_logprobs(model, answer):
+    """Of an answer's tokens that the model chose, from the logits of a forward pass of its own; and the recorded ones."""
+    ids, learnt = torch.tensor(answer.prompt + answer.ids), torch.tensor(answer.learnt)
+    scored = torch.log_softmax(model(ids[None, :-1])[0], -1).gather(1, ids[1:, None])[-len(answer.ids) :, 0]
+    return scored[learnt], torch.tensor(answer.logprobs)[learnt]
+
+
+@pytest.mark.parametrize("micro_rows", [1, 5])
+def test_rl_takes_the_gradient_of_its_formula(micro_rows, tiny_run, tmp_path, monkeypatch):
+    """Against the sum over all answers one by one: none is dropped, tokens weigh the same in every batch, the end of an
+    answer counts, and what was sampled from is what is scored."""
+    model, seen, updates, end = rl_updates(tiny_run, tmp_path, monkeypatch, micro_rows)
     answers, total, count = seen[0][0], 0, 0
-    assert len(answers) == 32 and sum(a != 0 for _, _, a in answers) % 5 and any(r.ids[-1] == end and a for r, _, a in answers)
-    for i, (request, reward, advantage) in enumerate(answers):
+    assert len(answers) == 32 and sum(a.advantage != 0 for a in answers) % 5 and any(a.ids[-1] == end and a.advantage for a in answers)
+    for i, answer in enumerate(answers):
         group = answers[i - i % 8 :][:8]
-        assert len({r.ids[0] for r, _, _ in group}) > 1 and abs(advantage - reward + sum(r for _, r, _ in group) / 8) < 1e-6
-        p = request.params
-        assert (p.temperature, p.top_k, p.top_p) == (1, 0, 1)
-        ids = torch.tensor(request.prompt + request.ids)
-        logprobs = torch.log_softmax(first[0](ids[None, :-1])[0], -1).gather(1, ids[1:, None])[-len(request.ids) :, 0]
-        chosen = torch.tensor(request.sampled)
-        assert (logprobs - torch.tensor(request.logprobs))[chosen].abs().max() < 1e-4
-        total, count = total - advantage * logprobs[chosen].sum(), count + chosen.sum()
+        assert len({a.ids[0] for a in group}) > 1
+        assert abs(answer.advantage - answer.reward + sum(a.reward for a in group) / 8) < 1e-6
+        logprobs, recorded = plain_logprobs(model, answer)
+        assert (logprobs - recorded).abs().max() < 1e-4
+        total, count = total - answer.advantage * logprobs.sum(), count + len(logprobs)
     (total / count).backward()
-    for key, p in first[0].named_parameters():
+    for key, p in model.named_parameters():
         assert (updates[0][1][key] - p.grad).abs().max() < 1e-6, key
     assert [scale for scale, _ in updates] == [1, 0.5]
+
+
+def test_rl_clips_the_ratio_and_pulls_back_to_its_start(tiny_run, tmp_path, monkeypatch):
+    """The second update from the same answers against PPO's formula, whose ratio is not one any more, with GRPO's KL."""
+    saved, step = [], optim.MuonAdamW.step
+    monkeypatch.setattr(optim.MuonAdamW, "step", lambda self, scale: (step(self, scale), saved.append(copy.deepcopy(models[0])))[0])
+    models, load = [], gpt.load_model
+
+    def load_and_keep(*args):
+        models.append(load(*args)[0])
+        return models[-1], {"seconds": 0}
+
+    import rl
+
+    monkeypatch.setattr(rl, "load_model", load_and_keep)
+    knobs = ["--updates=2", "--kl=0.5", "--clip=0.01", "--steps=1", "--lr_matrix=0.02"]
+    start, seen, updates, _ = rl_updates(tiny_run, tmp_path, monkeypatch, 5, knobs)
+    model, answers, total, count, clipped = saved[0], seen[0][0], 0, 0, 0
+    for answer in answers:
+        logprobs, recorded = plain_logprobs(model, answer)
+        with torch.no_grad():
+            before = plain_logprobs(start, answer)[0]
+        ratio, back = (logprobs - recorded).exp(), (before - logprobs).exp()
+        objective = torch.minimum(ratio * answer.advantage, ratio.clamp(0.99, 1.01) * answer.advantage)
+        total = total - (objective - 0.5 * (back - back.log() - 1)).sum()
+        count, clipped = count + len(logprobs), clipped + ((ratio - 1).abs() > 0.01).sum()
+    model.zero_grad()
+    (total / count).backward()
+    assert len(updates) == 2 and 0 < clipped < count
+    for key, p in model.named_parameters():
+        assert (updates[1][1][key] - p.grad).abs().max() < 1e-5, key
 
 
 def test_rl_that_learns_resumes_to_the_same_bits(tiny_run, tmp_path, monkeypatch):
@@ -1946,22 +1987,22 @@ def test_rl_that_learns_resumes_to_the_same_bits(tiny_run, tmp_path, monkeypatch
 
 def test_rl_rows_supervise_what_was_sampled_only(tokenizer):
     import rl
-    from sample import Request
 
-    request = Request([1, 2, 3], Params(), ids=[4, 5, 6], sampled=[True, False, True])
-    ids, targets, advantages = rl.rows_of([(request, 1.0, 0.5)], "cpu")
-    assert ids.tolist() == [[1, 2, 3, 4, 5]] and targets.tolist() == [[-1, -1, 4, -1, 6]] and advantages.tolist() == [0.5]
+    answer = rl.Answer([1, 2, 3], [4, 5, 6], [True, False, True], logprobs=[-1.0, 0.0, -2.0])
+    ids, targets = rl.rows_of([answer], "cpu")
+    assert ids.tolist() == [[1, 2, 3, 4, 5]] and targets.tolist() == [[-1, -1, 4, -1, 6]]
+    assert rl.at_tokens([answer], "logprobs", ids).tolist() == [[0, 0, -1, 0, -2]]
 
 
 def test_stopping_is_trained(chatty, tokenizer):
     """An answer that is nothing but its end, and was good, makes that end likelier."""
     import rl
-    from sample import Request
 
     stop = tokenizer.special("<|assistant_end|>")
-    ids, targets, advantages = rl.rows_of([(Request([1, 2], Params(), ids=[stop], sampled=[True]), 1.0, 1.0)], "cpu")
+    answers = [rl.Answer([1, 2], [stop], [True], 1.0, 1.0)]
+    ids, targets = rl.rows_of(answers, "cpu")
     chatty.zero_grad()
-    (advantages[:, None] * chatty(ids, targets)).sum().backward()
+    rl.policy_loss(chatty(ids, targets), targets, answers, rl.Config())[0].backward()
     grads = chatty.unembed.weight.grad.norm(dim=1)
     chatty.zero_grad()
     assert grads[stop] == grads.max() > 0
@@ -1969,19 +2010,18 @@ def test_stopping_is_trained(chatty, tokenizer):
 
 def test_rl_gradient_does_not_depend_on_micro_batches(chatty):
     import rl
-    from sample import Request
 
     rng = random.Random(0)
     answers = []
     for i in range(10):  # 10 in batches of 4 must be all 10
         ids = [rng.randrange(600) for _ in range(3 + i)]
-        answers.append((Request([1, 2], Params(), ids=ids, sampled=[True] * len(ids)), 0.0, rng.uniform(-1, 1)))
+        answers.append(rl.Answer([1, 2], ids, [True] * len(ids), 0.0, rng.uniform(-1, 1)))
     grads = []
     for size in (10, 4, 1):
         chatty.zero_grad()
-        for i in range(0, 10, size):
-            ids, targets, advantages = rl.rows_of(answers[i : i + size], "cpu")
-            (advantages[:, None] * chatty(ids, targets)).sum().backward()
+        for rows in rl.batches([[a] for a in answers], size):
+            ids, targets = rl.rows_of(rows, "cpu")
+            rl.policy_loss(chatty(ids, targets), targets, rows, rl.Config())[0].backward()
         grads.append(chatty.unembed.weight.grad.clone())
     chatty.zero_grad()
     assert (grads[0] - grads[1]).abs().max() < 1e-4 and (grads[0] - grads[2]).abs().max() < 1e-4
