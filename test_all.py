@@ -4,7 +4,7 @@ Every test of the system, and its benchmarks.
     python -m pytest -q test_all.py             # all of them, a few minutes on two cores
     python -m pytest -q test_all.py -k muon     # some of them
     python test_all.py                          # the same as the first
-    python test_all.py bench tok                # or train, decode: prints a table
+    python test_all.py bench tok                # or train, decode, rl: prints a table
 
 Libraries are tested by import, stages as people run them: as processes of their own, on a tiny model. In reading
 order: tokenizer, model, optimizer, data, engine, evaluations, stages, server.
@@ -2027,6 +2027,136 @@ def test_rl_gradient_does_not_depend_on_micro_batches(chatty):
     assert (grads[0] - grads[1]).abs().max() < 1e-4 and (grads[0] - grads[2]).abs().max() < 1e-4
 
 
+# DPO: pairs, their loss, and the stage as people run it
+
+TURNS = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Who are you?\n\nAssistant: "
+RATED = [("bad", ("1", "2")), ("best", ("5", "N/A")), ("good", ("4", "5"))]
+PAIRS = {  # a line of a file: the number of messages, the chosen answer and the rejected one; None is left out
+    json.dumps({"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}): (1, "Hello!", "Go away."),
+    json.dumps({"messages": [QUESTION, REPLY, QUESTION], "chosen": "Yes.", "rejected": "No."}): (3, "Yes.", "No."),
+    json.dumps({"chosen": TURNS + "A program.", "rejected": TURNS + "A parrot.\n\nHuman: Oh"}): (3, "A program.", "A parrot."),
+    json.dumps(
+        {
+            "instruction": "Hi",
+            "completions": [
+                {"response": r, "annotations": {"helpfulness": {"Rating": a}, "honesty": {"Rating": b, "Rationale": ""}}} for r, (a, b) in RATED
+            ],
+        }
+    ): (1, "best", "bad"),
+    json.dumps({"prompt": "Hi", "chosen": "Hello!", "rejected": "Hello!"}): None,
+    json.dumps({"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c", "rejected": "\n\nHuman: a\n\nHuman: b\n\nAssistant: d"}): None,
+    json.dumps({"instruction": "Hi", "completions": []}): None,
+}
+
+
+def test_pairs_from_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(PAIRS))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as f:
+        f.write("\n".join(PAIRS))
+    pairs = data.read_pairs(str(tmp_path))
+    assert [(len(p["messages"]), p["chosen"], p["rejected"]) for p in pairs] == [p for p in PAIRS.values() if p] * 2
+    assert pairs[2]["messages"][1] == {"role": "assistant", "content": "Hello!"}
+    many = [{"messages": [{"role": "user", "content": f"{i % 500}?"}], "chosen": str(i), "rejected": ""} for i in range(1000)]
+    train, held = data.split_pairs(many)
+    assert len(train) + len(held) == 1000 and 20 < len(held) < 100
+    assert not {p["messages"][0]["content"] for p in train} & {p["messages"][0]["content"] for p in held}
+
+
+BAD_PAIRS = ['{"prompt": "Hi"', '{"prompt": "Hi", "chosen": "Hello!"}', "[]", '{"prompt": 5, "chosen": "a", "rejected": "b"}', '{"text": "Hi"}']
+BAD_PAIRS += ['{"chosen": "a", "rejected": "b"}', json.dumps({"messages": [QUESTION, REPLY], "chosen": "a", "rejected": "b"})]
+BAD_PAIRS += ['{"prompt": "Hi", "chosen": "a", "rejected": null}', '{"instruction": "Hi", "completions": [{"response": "a"}]}']
+
+
+@pytest.mark.parametrize("bad", BAD_PAIRS)
+def test_bad_pairs_get_one_line(tmp_path, bad):
+    (tmp_path / "a.jsonl").write_text(next(iter(PAIRS)) + "\n" + bad)
+    with pytest.raises(SystemExit, match="line 2") as caught:
+        data.read_pairs(str(tmp_path / "a.jsonl"))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    (tmp_path / "a.jsonl").write_text(list(PAIRS)[4])
+    with pytest.raises(SystemExit, match="no pair"):
+        data.read_pairs(str(tmp_path / "a.jsonl"))
+
+
+def test_preferred_answers_are_right_and_held_out():
+    seen = {p["messages"][0]["content"] for p in data.preferences(1, 300)}
+    held = data.preferences(1, 100, "test")
+    assert not seen & {p["messages"][0]["content"] for p in held}
+    items = data.TASKS["polite"].items("test", 0, 20)
+    for pair in held:
+        chosen, rejected = (data.visible(pair[k]) for k in ("chosen", "rejected"))
+        facts = {"messages": pair["messages"], "task": "arithmetic", "answer": data.last_number(chosen)}
+        assert pair["chosen"][:-1] == pair["rejected"][:-1]  # they differ in manners alone
+        if facts["answer"] is not None:
+            assert data.Polite.grade(facts, chosen) == 1 and data.Polite.grade(facts, rejected) == 0
+    assert len({i["task"] for i in items}) == 3 and all(data.Polite.grade(i, str(i["answer"])) == 0 for i in items)
+
+
+def test_dpo_loss_is_its_formula():
+    """On given log-probabilities, by plain arithmetic; and its slope, which weighs pairs that are ranked wrong most."""
+    import rl
+
+    rng = np.random.default_rng(3)
+    logprobs, starts = -rng.uniform(0, 4, (6, 5)), -rng.uniform(0, 20, 6)
+    answers = [rl.Answer([1], [2] * 5, [True] * 5, reference=s) for s in starts]
+    nats = torch.tensor(-logprobs, requires_grad=True)
+    loss, figures = rl.dpo_loss(nats, torch.ones(6, 5), answers, rl.Config(beta=0.3))
+    gains = logprobs.sum(1) - starts
+    margins = 0.3 * (gains[[0, 2, 4]] - gains[[1, 3, 5]])
+    assert abs(loss.item() - np.log1p(np.exp(-margins)).sum()) < 1e-6 and min(margins) < 0 < max(margins)
+    assert abs(figures["margin"].item() - margins.sum()) < 1e-6 and figures["ranked_right"] == (margins > 0).sum()
+    assert abs(figures["chosen_logprob"].item() - logprobs[0::2].sum()) < 1e-6
+    loss.backward()
+    assert np.abs(nats.grad[0::2, 0].numpy() - 0.3 / (1 + np.exp(margins))).max() < 1e-6
+    assert (nats.grad[1::2] == -nats.grad[0::2]).all()
+
+
+def test_dpo_takes_the_gradient_of_its_formula(tiny_run, tmp_path, monkeypatch):
+    """Against plain passes over each answer alone: prompts and what the calculator wrote do not count, ends do."""
+    import rl
+
+    first, updates = watch_updates(rl, monkeypatch)
+    tokenizer = data.load_tokenizer(tiny_run)[0]
+    call = [{"type": "python", "text": "1+1"}, {"type": "output", "text": "2"}, {"type": "text", "text": "Two."}]
+    pairs = [{"messages": [{"role": "user", "content": "Hi! " * i}], "chosen": call, "rejected": "I say " + "no" * i} for i in range(1, 6)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    files = [f"--data={tmp_path / 'pairs.jsonl'}", f"--val_data={tmp_path / 'pairs.jsonl'}"]
+    rl.main([f"--out={tmp_path}", f"--from={tiny_run}", *TINY_RL, "--method=dpo", "--pairs=5", "--steps=1", *files])
+    total, start = 0, first[0]
+    for pair in pairs:
+        logprobs = []
+        for kind in ("chosen", "rejected"):
+            ids, mask = data.render([*pair["messages"], {"role": "assistant", "content": pair[kind]}], tokenizer)
+            assert len(ids) <= 65  # nothing is cut
+            ids = torch.tensor(ids)
+            scored = torch.log_softmax(start(ids[None, :-1])[0], -1).gather(1, ids[1:, None])[:, 0]
+            logprobs.append(scored[torch.tensor(mask[1:])].sum())
+        margin = 0.1 * (logprobs[0] - logprobs[1] - (logprobs[0] - logprobs[1]).detach())
+        total = total - F.logsigmoid(margin)
+    (total / 5).backward()
+    for key, p in start.named_parameters():
+        assert (updates[0][1][key] - p.grad).abs().max() < 1e-6, key
+
+
+def test_dpo_ranks_resumes_and_shares(tiny_run, tmp_path):
+    """It learns the demo's preference; cut short, it ends with the same bits, and does not score the pairs again; two ranks agree."""
+    knobs = [f"--from={tiny_run}", *TINY_RL, "--method=dpo", "--steps=6", "--pairs=4", "--tasks=facts", "--final_count=20"]
+    knobs += ["--lr_matrix=0.02", "--lr_embed=0.02"]
+    run("rl.py", f"--out={tmp_path / 'whole'}", *knobs)
+    run("rl.py", f"--out={tmp_path / 'cut'}", *knobs, "--stop_after=3")
+    kept = (tmp_path / "cut" / "rl" / "reference.json").stat().st_mtime_ns
+    run("rl.py", f"--out={tmp_path / 'cut'}", *knobs)
+    assert same(weights(tmp_path / "cut" / "rl"), weights(tmp_path / "whole" / "rl"))
+    assert (tmp_path / "cut" / "rl" / "reference.json").stat().st_mtime_ns == kept
+    run("rl.py", f"--out={tmp_path / 'two'}", *knobs, ranks=2)
+    assert len(losses(tmp_path / "whole", "rl")) == 6
+    assert np.abs(np.subtract(losses(tmp_path / "two", "rl"), losses(tmp_path / "whole", "rl"))).max() < 1e-4
+    figures = [json.loads((tmp_path / f / "report.json").read_text())["stages"]["rl"] for f in ("whole", "two")]
+    assert figures[0]["n/pairs"] == 20 and figures[0]["accuracy/pairs"] == figures[1]["accuracy/pairs"] > 0.6
+    code, printed = run("rl.py", f"--out={tmp_path / 'whole'}", *knobs, "--method=ppo", check=False)
+    assert code and "policy learns from graded answers, dpo from pairs" in printed and "Traceback" not in printed
+
+
 # -----------------------------------------------------------------------------
 # Server
 
@@ -2410,6 +2540,25 @@ def bench_decode():
 
         count = sum(len(r.ids) for r in generate())  # chance is keyed: every run gives the same tokens
         print(f"depth {depth}, {concurrent:2} requests: {count / best(generate):10,.0f} tokens/s")
+
+
+def bench_rl(problems=16, samples=16):
+    """Rollouts of a step all at once beside one problem at a time, on the fine-tuned model of OUT=folder (out)."""
+    machine, out = gpt.start_machine(), os.environ.get("OUT", "out")
+    tokenizer, hash = data.load_tokenizer(out)
+    model, _ = gpt.load_model(f"{out}/sft", machine, hash)
+    items = data.TASKS["arithmetic"].items("train", 1, problems)
+    prompts = [data.question(item, tokenizer, model.cfg.seq_len, 48) for item in items for _ in range(samples)]
+    params = [Params(48, temperature=1.0, seed=seed) for seed in range(len(prompts))]
+    engines = {size: Engine(model, tokenizer, size) for size in (samples, len(prompts))}
+    spent = {size: math.inf for size in engines}
+    for _ in range(4):  # in turns, so that a busy machine slows both; the first turn warms up
+        for size, engine in engines.items():
+            start = time.perf_counter()
+            done = [r for i in range(0, len(prompts), size) for r in engine.generate(prompts[i : i + size], params[i : i + size])]
+            spent[size] = min(spent[size], time.perf_counter() - start)
+    rates = [sum(len(r.ids) for r in done) / seconds for seconds in spent.values()]
+    print(f"{problems} problems x {samples} answers: one problem at a time {rates[0]:,.0f} tokens/s, together {rates[1]:,.0f}: {rates[1] / rates[0]:.1f} times")
 
 
 if __name__ == "__main__":
