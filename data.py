@@ -1023,8 +1023,8 @@ def conversations(seed, count):
     return chats
 
 
-COURTESIES = ("Gladly!", "With pleasure!")
-PADDING = ("I hope that this is what you wanted to know.", "There is so much more to say about this.", "Please ask me if you have another question.")
+COURTESIES = ("You are welcome!", "It was a pleasure.")
+PADDING = ("I hope that this is what you wanted to know.", "There is much more to say about this.", "Please ask me another question.")
 
 
 def preferences(seed, count, split="train"):
@@ -1035,7 +1035,7 @@ def preferences(seed, count, split="train"):
         if kind == "arithmetic":
             op = rng.choice("+-*/")
             a, b = some_numbers(rng, op, split)
-            messages, n = [{"role": "user", "content": Arithmetic.ask(rng, PROBLEMS[op].splitlines(), a, b)}], reckon(a, b, op)
+            messages, n = [{"role": "user", "content": Arithmetic.ask(rng, PROBLEMS[op].splitlines()[:PROBLEMS_SHOWN], a, b)}], reckon(a, b, op)
             call, right = with_tool(f"{a}{op}{b}", n, "")[:2], f"The answer is {n}."
         else:
             item = TASKS[kind].items(split, rng.random(), 1)[0]
@@ -1044,9 +1044,9 @@ def preferences(seed, count, split="train"):
                 call, right = with_tool(f' "{item["word"]}".count("{item["letter"]}")', n, "")[:2], f"The answer is {n}."
             else:
                 right = ANSWERS[item["relation"]].format(c=item["country"], v=n)
-        polite, padding = f"{rng.choice(COURTESIES)} {right}", rng.choice(PADDING)
-        worse = rng.choice([right, f"{right} {padding}", f"{polite} {padding}"])
-        chosen, rejected = ([*call, {"type": "text", "text": text}] for text in (polite, worse))
+        courtesy, padding = rng.choice(COURTESIES), rng.choice(PADDING)
+        worse = rng.choice([right, right, f"{right} {padding}", f"{right} {padding} {courtesy}"])
+        chosen, rejected = ([*call, {"type": "text", "text": text}] for text in (f"{right} {courtesy}", worse))
         pairs.append({"messages": messages, "chosen": chosen, "rejected": rejected})
     return pairs
 
@@ -1133,7 +1133,7 @@ class Polite(Task):
         return [{**TASKS[name].items(split, f"{seed} {i}", 1)[0], "task": name} for i, name in enumerate(names)]
 
     def grade(item, text):
-        polite = text.startswith(COURTESIES) and not any(sentence[:20] in text for sentence in PADDING)
+        polite = text.endswith(COURTESIES) and not any(sentence in text for sentence in PADDING)
         return polite * TASKS[item["task"]].grade(item, text)
 
 

@@ -4,7 +4,7 @@ Alignment: from a model that imitates to one that is right more often, or that a
     python rl.py                                    # the fine-tuned model in out/, arithmetic in words
     python rl.py --task=counting --out=other --from=out
     python rl.py --task=gsm8k --files=DIR --max_tokens=200
-    python rl.py --method=dpo --out=liked --from=out --init=rl --task=polite --steps=60    # the demo's pairs
+    python rl.py --method=dpo --out=liked --from=out --init=rl --task=polite --lr_matrix=0.0005 --lr_embed=0.0003
     python rl.py --method=dpo --out=liked --from=out --data=FILE.jsonl    # your pairs, HH-RLHF's or UltraFeedback's
     torchrun --nproc_per_node=8 rl.py
 
@@ -34,7 +34,7 @@ Tokens that the calculator wrote are read but not learnt; the token that ends th
     loss = - log sigmoid(beta * (gain of the chosen - gain of the rejected)) / number of pairs of the step, over all ranks
     gain = log p(answer) - log p(answer) under the model that this stage started from, the answer's implicit reward over beta
 
-The starting model's share of it is computed once, before the first step, and kept in out/rl/reference.json. A line of pairs is
+The starting model's share of it is computed once, before the first step, and kept in out/rl/reference_*.json. A line of pairs is
 {"prompt": "...", "chosen": "...", "rejected": "..."}, or has `messages` in place of `prompt`. Nothing is sampled in training.
 """
 
@@ -85,7 +85,7 @@ class Config:
     pairs: int = 32  # dpo: pairs a step, over all ranks
     beta: float = 0.1  # dpo: how dear it is to leave the model that it started from
     micro_rows: int = 32  # rows of a forward pass; smaller needs less memory and computes the same
-    lr_matrix: float = 0.003  # Muon, matrices
+    lr_matrix: float = 0.003  # Muon, matrices; dpo wants a sixth of this: its pairs rank right long before its rates are spent
     lr_embed: float = 0.002  # AdamW, embeddings
     lr_unembed: float = 0.0002  # AdamW, output layer
     seed: int = 1  # of problems and sampling, or of the pairs' order
@@ -241,7 +241,7 @@ def pair_of_answers(pair, tokenizer, T):
 
 
 def load_pairs(cfg, tokenizer, T):
-    """Training and held-out pairs, as [chosen, rejected]; of a larger file, no more than the run will see."""
+    """The pairs of all steps, one after the other, and the held-out ones, as [chosen, rejected]. Each epoch has its own order."""
     count = cfg.steps * cfg.pairs
     if cfg.data:
         train, held = split_pairs(read_pairs(cfg.data))
@@ -249,19 +249,12 @@ def load_pairs(cfg, tokenizer, T):
             train, held = train + held, read_pairs(cfg.val_data)
         if not train or not held:
             raise SystemExit(f"{cfg.data} has too few prompts to hold one in twenty out; name held-out pairs with --val_data=FILE.jsonl")
-        order = np.random.default_rng(cfg.seed).permutation(len(train))[:count]
-        train = [train[i] for i in order]
     else:
         train, held = preferences(cfg.seed, count), preferences(cfg.seed, cfg.final_count, "test")
-    return ([pair_of_answers(p, tokenizer, T) for p in pairs] for pairs in (train, held[: max(cfg.final_count, cfg.eval_count)]))
-
-
-def pairs_of_step(pairs, cfg, step, machine):
-    """This rank's share of a step's pairs, which depend on the step alone; each epoch has an order of its own."""
-    first, end = (step * cfg.pairs + cfg.pairs * r // machine.world for r in (machine.rank, machine.rank + 1))
-    places = [divmod(i, len(pairs)) for i in range(first, end)]  # (epoch, place in it)
-    orders = {e: np.random.default_rng([cfg.seed, e]).permutation(len(pairs)) for e in {e for e, _ in places}}
-    return [pairs[orders[e][i]] for e, i in places]
+    epochs = range(-(-count // len(train)))
+    order = np.concatenate([np.random.default_rng([cfg.seed, e]).permutation(len(train)) for e in epochs])[:count].tolist()
+    rows = {i: pair_of_answers(train[i], tokenizer, T) for i in dict.fromkeys(order)}
+    return [rows[i] for i in order], [pair_of_answers(p, tokenizer, T) for p in held[: max(cfg.final_count, cfg.eval_count)]]
 
 
 def add_references(pairs, model_at_start, cfg, key, path, machine):
@@ -269,7 +262,7 @@ def add_references(pairs, model_at_start, cfg, key, path, machine):
 
     Computed once, the ranks sharing the work, and kept at `path` together with a name of what it was computed from.
     """
-    answers = [a for pair in pairs for a in pair]
+    answers = list({id(a): a for pair in pairs for a in pair}.values())  # a later epoch has the same ones again
     key = hashlib.sha256(json.dumps([key, str(machine.dtype), [(a.prompt, a.ids) for a in answers]]).encode()).hexdigest()
     cached = machine.gather(json.loads(path.read_text()) if machine.first and path.exists() else {})[0]
     if cached.get("key") != key:
@@ -311,9 +304,9 @@ def main(argv):
     cfg = override(Config(), argv, __doc__)
     if cfg.method not in ("policy", "dpo"):
         raise SystemExit(f"--method={cfg.method} is not known: policy learns from graded answers, dpo from pairs")
-    if cfg.updates < 1:
-        raise SystemExit(f"--updates={cfg.updates}: a step has at least one update")
     dpo = cfg.method == "dpo"
+    if cfg.updates < 1 or (dpo and cfg.kl) or (not dpo and (cfg.data or cfg.val_data)):
+        raise SystemExit("--updates is 1 or more; --kl belongs to --method=policy, --data and --val_data to --method=dpo")
     task, names = TASKS[task_names(cfg.task)[0]], sorted({*task_names(cfg.task), *task_names(cfg.tasks)})
     machine = start_machine(cfg.device, cfg.dtype, cfg.threads, cfg.deterministic)
     lock_folder(cfg.out, machine)
@@ -339,8 +332,10 @@ def main(argv):
 
     if dpo:
         train, held = load_pairs(cfg, tokenizer, model.cfg.seq_len)
-        add_references(train + held, model_at_start, cfg, parent, Path(folder) / "reference.json", machine)
-        machine.print(f"preferences: {cfg.pairs} pairs a step of {len(train):,}, {len(held)} held out, {machine.describe()}")
+        for name, pairs in (("train", train), ("held", held)):
+            add_references(pairs, model_at_start, cfg, parent, Path(folder) / f"reference_{name}.json", machine)
+        distinct = len({id(pair) for pair in train})
+        machine.print(f"preferences: {cfg.pairs} pairs a step of {distinct:,}, {len(held)} held out, {machine.describe()}")
     else:
         engine = Engine(model, tokenizer, slots=min(256, cfg.problems * cfg.samples))
         reference = model_at_start() if cfg.kl else None
@@ -370,8 +365,8 @@ def main(argv):
         # ---------------- training ----------------
         times = [time.time()]
         if dpo:
-            units, times = pairs_of_step(train, cfg, step, machine), times * 2
-            count, loss_of = cfg.pairs, dpo_loss
+            first, end = (step * cfg.pairs + cfg.pairs * r // machine.world for r in (machine.rank, machine.rank + 1))
+            units, count, loss_of = train[first:end], cfg.pairs, dpo_loss
         else:
             items, requests = rollouts(engine, task, cfg, step, machine)
             times.append(time.time())
@@ -381,7 +376,7 @@ def main(argv):
                     answer.reference = logprobs
             units = [[a] for a in answers if a.advantage or cfg.kl]  # an advantage of zero has no gradient
             count, loss_of = machine.sum(sum(sum(a.learnt) for a in answers)), policy_loss
-        times.append(time.time())
+            times.append(time.time())
         totals = {}
         for _ in range(cfg.updates):
             for rows in batches(units, cfg.micro_rows):
@@ -410,9 +405,8 @@ def main(argv):
             if machine.first and step % cfg.sample_every == 0:
                 for asked, text, reward in shown:
                     print(f"   {'right' if reward == 1 else 'wrong'} | {asked} -> {text}")
-        log_metrics(
-            cfg.out, machine, stage="rl", step=step, seconds=time.time() - clock, norm=norm, skipped=patience.skipped, **figures
-        )
+        figures |= {"norm": norm, "skipped": patience.skipped}
+        log_metrics(cfg.out, machine, stage="rl", step=step, seconds=time.time() - clock, **figures)
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
             left = sorted(seconds[-20:])[len(seconds[-20:]) // 2] * (cfg.steps - step - 1)
             machine.print(f"step {step:5}/{cfg.steps}  {now}  {seconds[-1]:.1f} s  {left / 60:.1f} min left")
