@@ -1252,6 +1252,70 @@ def mixture(folder, count, seed):
     return chats
 
 
+def read_pairs(paths):
+    """Two answers to a prompt, of which one is liked better, from .jsonl files or folders of them, also as .gz, with
+    commas between: [{"messages", "chosen", "rejected"}], messages ending with the user's.
+
+    A line is {"prompt" or "messages", "chosen", "rejected"}, or one of HH-RLHF's (two transcripts) or UltraFeedback's
+    (an instruction and rated completions). Pairs of equal answers, ties, and transcripts whose turns are out of order
+    teach nothing and are left out. Raises SystemExit naming file and line.
+    """
+    pairs = []
+    for file in (f for path in paths.split(",") for f in text_files(path, ("jsonl",))):
+        try:
+            for where, item in read_lines(file):
+                pair = checked_pair(item, where)
+                if pair and pair["chosen"] != pair["rejected"]:
+                    pairs.append(pair)
+        except BROKEN as error:
+            raise unreadable(file, error)
+    if not pairs:
+        raise SystemExit(f"{paths} holds no pair of different answers at all")
+    return pairs
+
+
+def checked_pair(item, where):
+    """The pair that a line of a file holds, None where it says nothing, or one line that says what is wrong with it."""
+    try:
+        if "completions" in item:  # UltraFeedback: a rating for each of several aspects, now and then "N/A"
+            rated = []
+            for completion in item["completions"]:
+                ratings = [str(aspect["Rating"]) for aspect in completion["annotations"].values()]
+                if ratings := [float(r) for r in ratings if r.isdigit()]:
+                    rated.append((sum(ratings) / len(ratings), completion["response"]))
+            rated.sort(key=lambda r: r[0])
+            if not rated or rated[0][0] == rated[-1][0]:
+                return None
+            messages, chosen, rejected = item["instruction"], rated[-1][1], rated[0][1]
+        elif "prompt" in item or "messages" in item:
+            messages, chosen, rejected = item.get("messages", item.get("prompt")), item["chosen"], item["rejected"]
+        else:  # HH-RLHF: the transcripts part after the last "Assistant:" that they share; what a person says later is cut off
+            opening = "\n\nAssistant:"
+            shared = os.path.commonprefix([item["chosen"], item["rejected"]]).rindex(opening)
+            turns = re.split(r"\n\n(Human|Assistant):", item["chosen"][:shared])[1:]
+            if turns[0::2] != ["Human", "Assistant"] * (len(turns) // 4) + ["Human"]:
+                return None
+            roles = {"Human": "user", "Assistant": "assistant"}
+            messages = [{"role": roles[who], "content": text.strip()} for who, text in zip(turns[0::2], turns[1::2])]
+            chosen, rejected = (item[k][shared + len(opening) :].split("\n\nHuman:")[0].strip() for k in ("chosen", "rejected"))
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        for answer in (chosen, rejected):
+            if not usable([*messages, {"role": "assistant", "content": answer}]):
+                raise ValueError("not a conversation")
+        return {"messages": messages, "chosen": chosen, "rejected": rejected}
+    except (KeyError, TypeError, ValueError, AttributeError, SystemExit):
+        pass
+    form = '{"prompt": "...", "chosen": "...", "rejected": "..."}, or messages that end with the user\'s in place of prompt'
+    raise SystemExit(f"{where}: wanted {form}, or a line of HH-RLHF or UltraFeedback; got {ascii(item)[:80]}")
+
+
+def split_pairs(pairs):
+    """(training pairs, held-out pairs): one prompt in twenty is held out, by what it says."""
+    held = [zlib.crc32(text_of(p["messages"]).encode()) % 20 == 0 for p in pairs]
+    return [p for p, h in zip(pairs, held) if not h], [p for p, h in zip(pairs, held) if h]
+
+
 def chat_set(chats, tokenizer, T):
     """Conversations as a TokenSet whose rows hold whole ones.
 
@@ -1604,6 +1668,34 @@ def conversations(seed, count):
     return chats
 
 
+COURTESIES = ("You are welcome!", "It was a pleasure.")
+PADDING = ("I hope that this is what you wanted to know.", "There is much more to say about this.", "Please ask me another question.")
+
+
+def preferences(seed, count, split="train"):
+    """Pairs of the demo's stated preference: an answer is to be polite and short, neither curt nor padded. All are right."""
+    rng, pairs = random.Random(f"preferences {split} {seed}"), []
+    for _ in range(count):
+        kind = rng.choice(DEMO.split(","))
+        if kind == "arithmetic":
+            op = rng.choice("+-*/")
+            a, b = some_numbers(rng, op, split)
+            messages, n = [{"role": "user", "content": Arithmetic.ask(rng, PROBLEMS[op].splitlines()[:PROBLEMS_SHOWN], a, b)}], reckon(a, b, op)
+            call, right = with_tool(f"{a}{op}{b}", n, "")[:2], f"The answer is {n}."
+        else:
+            item = TASKS[kind].items(split, rng.random(), 1)[0]
+            messages, n, call = item["messages"], item["answer"], []
+            if kind == "counting":
+                call, right = with_tool(f' "{item["word"]}".count("{item["letter"]}")', n, "")[:2], f"The answer is {n}."
+            else:
+                right = ANSWERS[item["relation"]].format(c=item["country"], v=n)
+        courtesy, padding = rng.choice(COURTESIES), rng.choice(PADDING)
+        worse = rng.choice([right, right, f"{right} {padding}", f"{right} {padding} {courtesy}"])
+        chosen, rejected = ([*call, {"type": "text", "text": text}] for text in (f"{right} {courtesy}", worse))
+        pairs.append({"messages": messages, "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
 # -----------------------------------------------------------------------------
 # Tasks: items and grader together
 
@@ -1676,6 +1768,18 @@ class Arithmetic(Task):
 
     def grade(item, text):
         return float(last_number(text) == item["answer"])
+
+
+class Polite(Task):
+    """Questions of the demo's other tasks, whose answers are to be right, polite and short, as `preferences` likes them."""
+
+    def items(split, seed, count, files=""):
+        names = random.Random(f"polite {split} {seed}").choices(DEMO.split(","), k=count)
+        return [{**TASKS[name].items(split, f"{seed} {i}", 1)[0], "task": name} for i, name in enumerate(names)]
+
+    def grade(item, text):
+        polite = text.endswith(COURTESIES) and not any(sentence in text for sentence in PADDING)
+        return polite * TASKS[item["task"]].grade(item, text)
 
 
 def public_file(task, files, *names, source=""):
@@ -1805,7 +1909,7 @@ class Mmlu(Choice):
 
 
 TASKS = {"arc_easy": Arc, "arc_challenge": ArcChallenge, "mmlu": Mmlu}
-TASKS |= {"facts": Facts, "counting": Counting, "arithmetic": Arithmetic, "gsm8k": Gsm8k}
+TASKS |= {"facts": Facts, "counting": Counting, "arithmetic": Arithmetic, "polite": Polite, "gsm8k": Gsm8k}
 DEMO = "facts,counting,arithmetic"  # the tasks of the demo world, which need no files
 
 

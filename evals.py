@@ -357,19 +357,31 @@ def task_figures(results):
     return {f"accuracy/{k}": v[0] for k, v in results.items()} | {f"n/{k}": v[1] for k, v in results.items()}
 
 
+def read_entries(out):
+    """The lines of metrics.jsonl."""
+    path, entries = Path(out) / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # half a line, of a run that was killed while writing it
+    return entries
+
+
 def read_metrics(out):
     """{(stage, quantity): [(step, value)]} of metrics.jsonl."""
     series = {}
-    path = Path(out) / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # half a line, of a run that was killed while writing it
+    for entry in read_entries(out):
         for key, value in entry.items():
             if key not in ("stage", "step", "seconds") and isinstance(value, (int, float)):
                 series.setdefault((entry["stage"], key), []).append((entry["step"], value))
     return series
+
+
+def answers_on_the_way(out, stage, steps=40):
+    """[(step, question, answer, reward)] that a stage sampled, of about so many of its steps."""
+    entries = [entry for entry in read_entries(out) if entry["stage"] == stage and "samples" in entry]
+    return [(entry["step"], *sample) for entry in entries[:: max(1, len(entries) // steps)] for sample in entry["samples"]]
 
 
 def curve(points, width=420, height=170):
@@ -397,6 +409,13 @@ CURVES = {  # what is drawn, of each stage, and in which words
     "pass_at_k": "problems with at least one right answer",
     "length": "answer length (tokens)",
     "entropy": "entropy (nats a token)",
+    "no_signal": "groups whose answers are all equally good",
+    "valid_calls": "calls of the calculator that it could compute",
+    "kl": "distance from the model it started from (nats a token)",
+    "margin": "margin between the implicit rewards of a pair",
+    "ranked_right": "pairs ranked right",
+    "chosen_logprob": "log-probability of the chosen answers",
+    "rejected_logprob": "log-probability of the rejected answers",
     "tokens_per_second": "tokens a second",
 }
 STAGES = {"base": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
@@ -425,6 +444,11 @@ def page(out, report):
             if len(points) > 1:
                 body.append(f"<figure>{curve(points)}<figcaption>{e(words)}</figcaption></figure>")
         body.append("</div>")
+        seen = answers_on_the_way(out, s)
+        if seen:
+            lines = "".join("<tr>" + "".join(f"<td>{e(str(c))}</td>" for c in row) + "</tr>" for row in seen)
+            header = "<tr><th>step</th><th>question</th><th>answer</th><th>reward</th></tr>"
+            body.append(f"<details><summary>sampled answers on the way</summary><table>{header}{lines}</table></details>")
         for task, shown in report["examples"].get(s, {}).items():
             cells = ((e(q), e(a), e(str(wanted)), "right" if grade == 1 else "wrong") for q, a, wanted, grade in shown)
             lines = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in cells)

@@ -4,7 +4,7 @@ Every test of the system, and its benchmarks.
     python -m pytest -q test_all.py             # all of them, a few minutes on two cores
     python -m pytest -q test_all.py -k muon     # some of them
     python test_all.py                          # the same as the first
-    python test_all.py bench tok                # or train, decode, serve: prints a table
+    python test_all.py bench tok                # or train, decode, serve, rl: prints a table
 
 Libraries are tested by import, stages as people run them: as processes of their own, on a tiny model. In reading
 order: tokenizer, model, optimizer, data, engine, evaluations, stages, server.
@@ -2531,10 +2531,8 @@ def graded_by_length(monkeypatch):
     monkeypatch.setattr(data.Arithmetic, "grade", lambda item, text: float(len(text) % 2))
 
 
-@pytest.mark.parametrize("micro_rows", [1, 5])
-def test_rl_takes_the_gradient_of_its_formula(micro_rows, tiny_run, tmp_path, monkeypatch):
-    """Against the sum over all answers one by one: none is dropped, tokens weigh the same in every batch, the end of an
-    answer counts, and what was sampled from is what is scored."""
+def rl_updates(tiny_run, tmp_path, monkeypatch, micro_rows, extra=()):
+    """Run tiny steps here: the first model, each step's graded answers, each update's multiplier and gradients, the end's id."""
     import rl
 
     shutil.copytree(tiny_run / "sft", tmp_path / "sft")
@@ -2542,28 +2540,71 @@ def test_rl_takes_the_gradient_of_its_formula(micro_rows, tiny_run, tmp_path, mo
     end, often = tokenizer.special("<|assistant_end|>"), tokenizer.encode(".")[0]
     trained["unembed.weight"][[end, often]] = trained["unembed.weight"][[often, end]]  # so that answers end now and then
     torch.save(trained, gpt.latest(tmp_path / "sft") / "model.pt")
-    seen, rollouts = [], rl.rollouts
-    monkeypatch.setattr(rl, "rollouts", lambda *args: seen.append(rollouts(*args)) or seen[-1])
+    seen, graded = [], rl.graded
+    monkeypatch.setattr(rl, "graded", lambda *args: seen.append(graded(*args)) or seen[-1])
     graded_by_length(monkeypatch)
     first, updates = watch_updates(rl, monkeypatch)
-    knobs = [*TINY_RL, "--problems=4", "--samples=8", "--max_tokens=30", f"--micro_rows={micro_rows}", "--steps=2"]
+    knobs = [*TINY_RL, "--problems=4", "--samples=8", "--max_tokens=30", f"--micro_rows={micro_rows}", "--steps=2", *extra]
     rl.main([f"--out={tmp_path}", f"--from={tiny_run}", *knobs])
+    return first[0], seen, updates, end
+
+
+def plain_logprobs(model, answer):
+    """Of an answer's tokens that the model chose, from the logits of a forward pass of its own; and the recorded ones."""
+    ids, learnt = torch.tensor(answer.prompt + answer.ids), torch.tensor(answer.learnt)
+    scored = torch.log_softmax(model(ids[None, :-1])[0], -1).gather(1, ids[1:, None])[-len(answer.ids) :, 0]
+    return scored[learnt], torch.tensor(answer.logprobs)[learnt]
+
+
+@pytest.mark.parametrize("micro_rows", [1, 5])
+def test_rl_takes_the_gradient_of_its_formula(micro_rows, tiny_run, tmp_path, monkeypatch):
+    """Against the sum over all answers one by one: none is dropped, tokens weigh the same in every batch, the end of an
+    answer counts, and what was sampled from is what is scored."""
+    model, seen, updates, end = rl_updates(tiny_run, tmp_path, monkeypatch, micro_rows)
     answers, total, count = seen[0][0], 0, 0
-    assert len(answers) == 32 and sum(a != 0 for _, _, a in answers) % 5 and any(r.ids[-1] == end and a for r, _, a in answers)
-    for i, (request, reward, advantage) in enumerate(answers):
+    assert len(answers) == 32 and sum(a.advantage != 0 for a in answers) % 5 and any(a.ids[-1] == end and a.advantage for a in answers)
+    for i, answer in enumerate(answers):
         group = answers[i - i % 8 :][:8]
-        assert len({r.ids[0] for r, _, _ in group}) > 1 and abs(advantage - reward + sum(r for _, r, _ in group) / 8) < 1e-6
-        p = request.params
-        assert (p.temperature, p.top_k, p.top_p) == (1, 0, 1)
-        ids = torch.tensor(request.prompt + request.ids)
-        logprobs = torch.log_softmax(first[0](ids[None, :-1])[0], -1).gather(1, ids[1:, None])[-len(request.ids) :, 0]
-        chosen = torch.tensor(request.sampled)
-        assert (logprobs - torch.tensor(request.logprobs))[chosen].abs().max() < 1e-4
-        total, count = total - advantage * logprobs[chosen].sum(), count + chosen.sum()
+        assert len({a.ids[0] for a in group}) > 1
+        assert abs(answer.advantage - answer.reward + sum(a.reward for a in group) / 8) < 1e-6
+        logprobs, recorded = plain_logprobs(model, answer)
+        assert (logprobs - recorded).abs().max() < 1e-4
+        total, count = total - answer.advantage * logprobs.sum(), count + len(logprobs)
     (total / count).backward()
-    for key, p in first[0].named_parameters():
+    for key, p in model.named_parameters():
         assert (updates[0][1][key] - p.grad).abs().max() < 1e-6, key
     assert [scale for scale, _ in updates] == [1, 0.5]
+
+
+def test_rl_clips_the_ratio_and_pulls_back_to_its_start(tiny_run, tmp_path, monkeypatch):
+    """The second update from the same answers against PPO's formula, whose ratio is not one any more, with GRPO's KL."""
+    saved, step = [], optim.MuonAdamW.step
+    monkeypatch.setattr(optim.MuonAdamW, "step", lambda self, scale: (step(self, scale), saved.append(copy.deepcopy(models[0])))[0])
+    models, load = [], gpt.load_model
+
+    def load_and_keep(*args):
+        models.append(load(*args)[0])
+        return models[-1], {"seconds": 0}
+
+    import rl
+
+    monkeypatch.setattr(rl, "load_model", load_and_keep)
+    knobs = ["--updates=2", "--kl=0.5", "--clip=0.01", "--steps=1", "--lr_matrix=0.02"]
+    start, seen, updates, _ = rl_updates(tiny_run, tmp_path, monkeypatch, 5, knobs)
+    model, answers, total, count, clipped = saved[0], seen[0][0], 0, 0, 0
+    for answer in answers:
+        logprobs, recorded = plain_logprobs(model, answer)
+        with torch.no_grad():
+            before = plain_logprobs(start, answer)[0]
+        ratio, back = (logprobs - recorded).exp(), (before - logprobs).exp()
+        objective = torch.minimum(ratio * answer.advantage, ratio.clamp(0.99, 1.01) * answer.advantage)
+        total = total - (objective - 0.5 * (back - back.log() - 1)).sum()
+        count, clipped = count + len(logprobs), clipped + ((ratio - 1).abs() > 0.01).sum()
+    model.zero_grad()
+    (total / count).backward()
+    assert len(updates) == 2 and 0 < clipped < count
+    for key, p in model.named_parameters():
+        assert (updates[1][1][key] - p.grad).abs().max() < 1e-5, key
 
 
 def test_rl_that_learns_resumes_to_the_same_bits(tiny_run, tmp_path, monkeypatch):
@@ -2579,22 +2620,22 @@ def test_rl_that_learns_resumes_to_the_same_bits(tiny_run, tmp_path, monkeypatch
 
 def test_rl_rows_supervise_what_was_sampled_only(tokenizer):
     import rl
-    from sample import Request
 
-    request = Request([1, 2, 3], Params(), ids=[4, 5, 6], sampled=[True, False, True])
-    ids, targets, advantages = rl.rows_of([(request, 1.0, 0.5)], "cpu")
-    assert ids.tolist() == [[1, 2, 3, 4, 5]] and targets.tolist() == [[-1, -1, 4, -1, 6]] and advantages.tolist() == [0.5]
+    answer = rl.Answer([1, 2, 3], [4, 5, 6], [True, False, True], logprobs=[-1.0, 0.0, -2.0])
+    ids, targets = rl.rows_of([answer], "cpu")
+    assert ids.tolist() == [[1, 2, 3, 4, 5]] and targets.tolist() == [[-1, -1, 4, -1, 6]]
+    assert rl.at_tokens([answer], "logprobs", ids).tolist() == [[0, 0, -1, 0, -2]]
 
 
 def test_stopping_is_trained(chatty, tokenizer):
     """An answer that is nothing but its end, and was good, makes that end likelier."""
     import rl
-    from sample import Request
 
     stop = tokenizer.special("<|assistant_end|>")
-    ids, targets, advantages = rl.rows_of([(Request([1, 2], Params(), ids=[stop], sampled=[True]), 1.0, 1.0)], "cpu")
+    answers = [rl.Answer([1, 2], [stop], [True], 1.0, 1.0)]
+    ids, targets = rl.rows_of(answers, "cpu")
     chatty.zero_grad()
-    (advantages[:, None] * chatty(ids, targets)).sum().backward()
+    rl.policy_loss(chatty(ids, targets), targets, answers, rl.Config())[0].backward()
     grads = chatty.unembed.weight.grad.norm(dim=1)
     chatty.zero_grad()
     assert grads[stop] == grads.max() > 0
@@ -2602,22 +2643,170 @@ def test_stopping_is_trained(chatty, tokenizer):
 
 def test_rl_gradient_does_not_depend_on_micro_batches(chatty):
     import rl
-    from sample import Request
 
     rng = random.Random(0)
     answers = []
     for i in range(10):  # 10 in batches of 4 must be all 10
         ids = [rng.randrange(600) for _ in range(3 + i)]
-        answers.append((Request([1, 2], Params(), ids=ids, sampled=[True] * len(ids)), 0.0, rng.uniform(-1, 1)))
+        answers.append(rl.Answer([1, 2], ids, [True] * len(ids), 0.0, rng.uniform(-1, 1)))
     grads = []
     for size in (10, 4, 1):
         chatty.zero_grad()
-        for i in range(0, 10, size):
-            ids, targets, advantages = rl.rows_of(answers[i : i + size], "cpu")
-            (advantages[:, None] * chatty(ids, targets)).sum().backward()
+        for rows in rl.batches([[a] for a in answers], size):
+            ids, targets = rl.rows_of(rows, "cpu")
+            rl.policy_loss(chatty(ids, targets), targets, rows, rl.Config())[0].backward()
         grads.append(chatty.unembed.weight.grad.clone())
     chatty.zero_grad()
     assert (grads[0] - grads[1]).abs().max() < 1e-4 and (grads[0] - grads[2]).abs().max() < 1e-4
+
+
+# DPO: pairs, their loss, and the stage as people run it
+
+TURNS = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Who are you?\n\nAssistant: "
+RATED = [("bad", ("1", "2")), ("best", ("5", "N/A")), ("good", ("4", "5"))]
+PAIRS = {  # a line of a file: the number of messages, the chosen answer and the rejected one; None is left out
+    json.dumps({"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}): (1, "Hello!", "Go away."),
+    json.dumps({"messages": [QUESTION, REPLY, QUESTION], "chosen": "Yes.", "rejected": "No."}): (3, "Yes.", "No."),
+    json.dumps({"chosen": TURNS + "A program.", "rejected": TURNS + "A parrot.\n\nHuman: Oh"}): (3, "A program.", "A parrot."),
+    json.dumps(
+        {
+            "instruction": "Hi",
+            "completions": [
+                {"response": r, "annotations": {"helpfulness": {"Rating": a}, "honesty": {"Rating": b, "Rationale": ""}}} for r, (a, b) in RATED
+            ],
+        }
+    ): (1, "best", "bad"),
+    json.dumps({"prompt": "Hi", "chosen": "Hello!", "rejected": "Hello!"}): None,
+    json.dumps({"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c", "rejected": "\n\nHuman: a\n\nHuman: b\n\nAssistant: d"}): None,
+    json.dumps({"instruction": "Hi", "completions": []}): None,
+}
+
+
+def test_pairs_from_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(PAIRS))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as f:
+        f.write("\n".join(PAIRS))
+    pairs = data.read_pairs(str(tmp_path))
+    assert [(len(p["messages"]), p["chosen"], p["rejected"]) for p in pairs] == [p for p in PAIRS.values() if p] * 2
+    assert pairs[2]["messages"][1] == {"role": "assistant", "content": "Hello!"}
+    many = [{"messages": [{"role": "user", "content": f"{i % 500}?"}], "chosen": str(i), "rejected": ""} for i in range(1000)]
+    train, held = data.split_pairs(many)
+    assert len(train) + len(held) == 1000 and 20 < len(held) < 100
+    assert not {p["messages"][0]["content"] for p in train} & {p["messages"][0]["content"] for p in held}
+
+
+BAD_PAIRS = ['{"prompt": "Hi"', '{"prompt": "Hi", "chosen": "Hello!"}', "[]", '{"prompt": 5, "chosen": "a", "rejected": "b"}', '{"text": "Hi"}']
+BAD_PAIRS += ['{"chosen": "a", "rejected": "b"}', json.dumps({"messages": [QUESTION, REPLY], "chosen": "a", "rejected": "b"})]
+BAD_PAIRS += ['{"prompt": "Hi", "chosen": "a", "rejected": null}', '{"instruction": "Hi", "completions": [{"response": "a"}]}']
+
+
+@pytest.mark.parametrize("bad", BAD_PAIRS)
+def test_bad_pairs_get_one_line(tmp_path, bad):
+    (tmp_path / "a.jsonl").write_text(next(iter(PAIRS)) + "\n" + bad)
+    with pytest.raises(SystemExit, match="line 2") as caught:
+        data.read_pairs(str(tmp_path / "a.jsonl"))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    (tmp_path / "a.jsonl").write_text(list(PAIRS)[4])
+    with pytest.raises(SystemExit, match="no pair"):
+        data.read_pairs(str(tmp_path / "a.jsonl"))
+
+
+def test_preferred_answers_are_right_and_held_out():
+    seen = {p["messages"][0]["content"] for p in data.preferences(1, 300)}
+    held = data.preferences(1, 100, "test")
+    assert not seen & {p["messages"][0]["content"] for p in held}
+    items = data.TASKS["polite"].items("test", 0, 20)
+    for pair in held:
+        chosen, rejected = (data.visible(pair[k]) for k in ("chosen", "rejected"))
+        facts = {"messages": pair["messages"], "task": "arithmetic", "answer": data.last_number(chosen)}
+        assert pair["chosen"][:-1] == pair["rejected"][:-1]  # they differ in manners alone
+        if facts["answer"] is not None:
+            assert data.Polite.grade(facts, chosen) == 1 and data.Polite.grade(facts, rejected) == 0
+    assert len({i["task"] for i in items}) == 3 and all(data.Polite.grade(i, str(i["answer"])) == 0 for i in items)
+
+
+def test_each_epoch_shows_every_pair_once(tmp_path, tokenizer):
+    import rl
+
+    lines = [{"prompt": f"What is {i}?", "chosen": "That " * i, "rejected": "No. " * 90} for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    n = len(data.split_pairs(data.read_pairs(str(tmp_path)))[0])
+    train, held = rl.load_pairs(rl.Config(data=str(tmp_path), steps=n, pairs=2), tokenizer, 64)
+    epochs = [[id(pair) for pair in train[:n]], [id(pair) for pair in train[n:]]]
+    assert len(set(epochs[0])) == n < 60 and sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1] and len(held) == 60 - n
+    for chosen, rejected in train:  # cut to a row of 64 where it must be, and the prompt the same for both
+        assert chosen.prompt == rejected.prompt and len(rejected.prompt + rejected.ids) == 65 and all(rejected.learnt)
+
+
+def test_dpo_loss_is_its_formula():
+    """On given log-probabilities, by plain arithmetic; and its slope, which weighs pairs that are ranked wrong most."""
+    import rl
+
+    rng = np.random.default_rng(3)
+    logprobs, starts = -rng.uniform(0, 4, (6, 5)), -rng.uniform(0, 20, 6)
+    answers = [rl.Answer([1], [2] * 5, [True] * 5, reference=s) for s in starts]
+    nats = torch.tensor(-logprobs, requires_grad=True)
+    loss, figures = rl.dpo_loss(nats, torch.ones(6, 5), answers, rl.Config(beta=0.3))
+    gains = logprobs.sum(1) - starts
+    margins = 0.3 * (gains[[0, 2, 4]] - gains[[1, 3, 5]])
+    assert abs(loss.item() - np.log1p(np.exp(-margins)).sum()) < 1e-6 and min(margins) < 0 < max(margins)
+    assert abs(figures["margin"].item() - margins.sum()) < 1e-6 and figures["ranked_right"] == (margins > 0).sum()
+    assert abs(figures["chosen_logprob"].item() - logprobs[0::2].sum()) < 1e-6
+    loss.backward()
+    assert np.abs(nats.grad[0::2, 0].numpy() - 0.3 / (1 + np.exp(margins))).max() < 1e-6
+    assert (nats.grad[1::2] == -nats.grad[0::2]).all()
+
+
+def test_dpo_takes_the_gradient_of_its_formula(tiny_run, tmp_path, monkeypatch):
+    """Against plain passes over each answer alone: prompts and what the calculator wrote do not count, ends do."""
+    import rl
+
+    first, updates = watch_updates(rl, monkeypatch)
+    tokenizer = data.load_tokenizer(tiny_run)[0]
+    call = [{"type": "python", "text": "1+1"}, {"type": "output", "text": "2"}, {"type": "text", "text": "Two."}]
+    pairs = [{"messages": [{"role": "user", "content": "Hi! " * i}], "chosen": call, "rejected": "I say " + "no" * i} for i in range(1, 6)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    files = [f"--data={tmp_path / 'pairs.jsonl'}", f"--val_data={tmp_path / 'pairs.jsonl'}"]
+    rl.main([f"--out={tmp_path}", f"--from={tiny_run}", *TINY_RL, "--method=dpo", "--pairs=5", "--steps=1", *files])
+    total, start = 0, first[0]
+    for pair in pairs:
+        logprobs = []
+        for kind in ("chosen", "rejected"):
+            ids, mask = data.render([*pair["messages"], {"role": "assistant", "content": pair[kind]}], tokenizer)
+            assert len(ids) <= 65  # nothing is cut
+            ids = torch.tensor(ids)
+            scored = torch.log_softmax(start(ids[None, :-1])[0], -1).gather(1, ids[1:, None])[:, 0]
+            logprobs.append(scored[torch.tensor(mask[1:])].sum())
+        margin = 0.1 * (logprobs[0] - logprobs[1] - (logprobs[0] - logprobs[1]).detach())
+        total = total - F.logsigmoid(margin)
+    (total / 5).backward()
+    for key, p in start.named_parameters():
+        assert (updates[0][1][key] - p.grad).abs().max() < 1e-6, key
+
+
+def test_dpo_ranks_resumes_and_shares(tiny_run, tmp_path):
+    """It learns the demo's preference; cut short, it ends with the same bits, and does not score the pairs again; two ranks agree."""
+    knobs = [f"--from={tiny_run}", *TINY_RL, "--method=dpo", "--pairs=4", "--tasks=facts", "--final_count=20"]
+    knobs += ["--lr_matrix=0.02", "--lr_embed=0.02"]
+    run("rl.py", f"--out={tmp_path / 'whole'}", *knobs)
+    run("rl.py", f"--out={tmp_path / 'cut'}", *knobs, "--stop_after=2")
+    kept = (tmp_path / "cut" / "rl" / "reference_train.json").stat().st_mtime_ns
+    run("rl.py", f"--out={tmp_path / 'cut'}", *knobs)
+    assert same(weights(tmp_path / "cut" / "rl"), weights(tmp_path / "whole" / "rl"))
+    assert (tmp_path / "cut" / "rl" / "reference_train.json").stat().st_mtime_ns == kept
+    run("rl.py", f"--out={tmp_path / 'two'}", *knobs, ranks=2)
+    assert len(losses(tmp_path / "whole", "rl")) == 4
+    assert np.abs(np.subtract(losses(tmp_path / "two", "rl"), losses(tmp_path / "whole", "rl"))).max() < 1e-4
+    figures = [json.loads((tmp_path / f / "report.json").read_text())["stages"]["rl"] for f in ("whole", "two")]
+    assert figures[0]["n/pairs"] == 20 and figures[0]["accuracy/pairs"] == figures[1]["accuracy/pairs"] > 0.6
+
+
+@pytest.mark.parametrize("knob, message", [("--method=ppo", "policy learns from"), ("--data=pairs.jsonl", "belongs to"), ("--updates=0", "or more")])
+def test_knobs_of_the_other_method_get_one_line(knob, message):
+    import rl
+
+    with pytest.raises(SystemExit, match=message):
+        rl.main([knob])
 
 
 # -----------------------------------------------------------------------------
@@ -2977,7 +3166,8 @@ def test_serve_metrics(server):
         return collections.Counter({name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)})
 
     before = figures()
-    sizes = [chat(url, seed=seed).json()["usage"] for seed in (1, 2, 3)]
+    asked = [{"role": "user", "content": "Which of these words is the longest, and how many letters does it have?"}]
+    sizes = [chat(url, messages=asked, seed=seed).json()["usage"] for seed in (1, 2, 3)]
     chat(url, n=0)
     requests.get(f"{url}/" + "x" * 50, timeout=20)
     change = figures() - before
@@ -3459,6 +3649,25 @@ def bench_serve(clients=32, tokens=100):
     print(f"depth {depth}, {clients} clients: {count / spent:,.0f} tokens/s, {engine_time / spent:.0%} of the engine's {count / engine_time:,.0f}")
     print(f"first token after {firsts[len(firsts) // 2] * 1000:.0f} ms at the median, {firsts[-1] * 1000:.0f} ms at worst")
     print(f"each client gets from {min(rates):.0f} to {max(rates):.0f} tokens/s")
+
+
+def bench_rl(problems=16, samples=16):
+    """Rollouts of a step all at once beside one problem at a time, on the fine-tuned model of OUT=folder (out)."""
+    machine, out = gpt.start_machine(), os.environ.get("OUT", "out")
+    tokenizer, hash = data.load_tokenizer(out)
+    model, _ = gpt.load_model(f"{out}/sft", machine, hash)
+    items = data.TASKS["arithmetic"].items("train", 1, problems)
+    prompts = [data.question(item, tokenizer, model.cfg.seq_len, 48) for item in items for _ in range(samples)]
+    params = [Params(48, temperature=1.0, seed=seed) for seed in range(len(prompts))]
+    engines = {size: Engine(model, tokenizer, size) for size in (samples, len(prompts))}
+    spent = {size: math.inf for size in engines}
+    for _ in range(4):  # in turns, so that a busy machine slows both; the first turn warms up
+        for size, engine in engines.items():
+            start = time.perf_counter()
+            done = [r for i in range(0, len(prompts), size) for r in engine.generate(prompts[i : i + size], params[i : i + size])]
+            spent[size] = min(spent[size], time.perf_counter() - start)
+    rates = [sum(len(r.ids) for r in done) / seconds for seconds in spent.values()]
+    print(f"{problems} problems x {samples} answers: one problem at a time {rates[0]:,.0f} tokens/s, together {rates[1]:,.0f}: {rates[1] / rates[0]:.1f} times")
 
 
 if __name__ == "__main__":
