@@ -141,7 +141,7 @@ BUDGET = {"cuda": 2**14, "cpu": 2**10}  # tokens of a forward pass
 
 def core_rows(file, kind):
     """The items of one file. Raises SystemExit naming file and line."""
-    wanted = {CHOICE: ("query", "choices", "gold"), SCHEMA: ("context_options", "continuation", "gold"), LM: ("context", "continuation")}[kind]
+    wanted = {CHOICE: ("query", "choices", "gold"), SCHEMA: ("context_options", "continuation", "gold")}.get(kind, ("context", "continuation"))
     rows = []
     for where, row in read_lines(file):
         options = isinstance(row, dict) and row.get("choices" if kind == CHOICE else "context_options")
@@ -268,8 +268,10 @@ def core_task(model, tokenizer, machine, rows, shots, kind, delimiter):
                 over = max(0, len(tokens) - T)  # of what is too long, the beginning is lost
                 cut += over > 0
                 spans[i].append((tokens[over:], max(1, first - over), max(1, end - over)))
-        # choices that were cut differently share nothing any more
-        alike = [i for i in items if kind == CHOICE and shared([tokens for tokens, *_ in spans[i]]) >= max(first for _, first, _ in spans[i])]
+        alike = []  # choices that were cut differently share nothing any more
+        for i in items if kind == CHOICE else ():
+            if shared([tokens for tokens, *_ in spans[i]]) >= max(first for _, first, _ in spans[i]):
+                alike.append(i)
         found = dict(zip(alike, choice_scores(model, [spans[i] for i in alike], machine.device)))
         others = [(i, span) for i in items if i not in found for span in spans[i]]
         for (i, _), score in zip(others, core_scores(model, [span for _, span in others], machine.device, kind == LM)):
@@ -309,11 +311,13 @@ def run_core(model, tokenizer, machine, folder, cache, count=0):
         accuracy = right.count("1") / len(right)
         results[label] = accuracy, len(right), (accuracy - guess / 100) / (1 - guess / 100)
         note = f", {cut} texts were cut to {model.cfg.seq_len} tokens" if cut else ""
-        machine.print(f"{label:33}{accuracy:7.2%} of {len(right):6,}   centred {results[label][2]:+.4f}   {time.time() - start:.1f} s{note}")
+        score = f"{accuracy:7.2%} of {len(right):6,}   centred {results[label][2]:+.4f}"
+        machine.print(f"{label:33}{score}   {time.time() - start:.1f} s{note}")
     mean = sum(centred for *_, centred in results.values()) / max(1, len(results))
     if missing:
-        machine.print(f"missing: {', '.join(f'{label} ({file})' for label, file in missing)}; `python data.py download --source=core` has them")
-        machine.print(f"so there is no CORE; the mean of the other {len(results)} centred accuracies is {mean:.4f}" if results else "so there is no CORE")
+        names = ", ".join(f"{label} ({file})" for label, file in missing)
+        machine.print(f"missing: {names}; `python data.py download --source=core` has them")
+        machine.print(f"so there is no CORE; the mean of the {len(results)} centred accuracies there are is {mean:.4f}")
     elif count:
         machine.print(f"CORE, estimated from at most {count} items a task: {mean:.4f}")
     else:
