@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import gpt
 from data import DEMO, RULES, SPECIALS, TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, question
 from data import read_documents, read_lines, task_names, visible
 from gpt import KVCache, command, latest, load_model, override, start_machine, write_whole
@@ -288,6 +289,7 @@ def run_core(model, tokenizer, machine, folder, cache, count=0):
     """
     root = next((p for p in (Path(folder) / "eval_data", Path(folder) / "eval_bundle" / "eval_data") if p.is_dir()), Path(folder))
     known = json.loads(Path(cache).read_text()) if Path(cache).exists() else {}
+    code = hashlib.sha256(Path(__file__).read_bytes() + Path(gpt.__file__).read_bytes()).hexdigest()[:16]  # other code, other figures
     known, results, missing = machine.gather(known)[0], {}, []
     for label, name, shots, kind, delimiter, guess, published in CORE:
         file, start = root / f"{name}.jsonl", time.time()
@@ -301,7 +303,7 @@ def run_core(model, tokenizer, machine, folder, cache, count=0):
         rows = rows[: count or len(rows)]
         if not rows:
             raise SystemExit(f"{file} holds no items")
-        key = [label, len(rows), hashlib.sha256(file.read_bytes()).hexdigest()[:16], str(machine.dtype)]
+        key = [label, len(rows), hashlib.sha256(file.read_bytes()).hexdigest()[:16], str(machine.dtype), code]
         if known.get(label, {}).get("key") != key:
             right, cut = core_task(model, tokenizer, machine, rows, shots, kind, delimiter)
             known[label] = {"key": key, "right": "".join(map(str, right)), "cut": cut}
