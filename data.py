@@ -12,7 +12,9 @@ tasks with their graders, and the demo world.
     python data.py prepare --help                      # each of the four has knobs of its own
 
 Text is a file or folder of .txt, .jsonl or .json (field `text`), each also as .gz, or .parquet where pyarrow is
-installed. Conversations are .jsonl with `messages`. Token shards have the layout that llm.c and modded-nanogpt
+installed. Conversations are .jsonl with `messages`, or in the forms that GSM8K, SlimOrca, UltraChat, OASST2 and Dolly
+are published in. Downloads go on where they were stopped; --mirror=URL asks URL/host/path for https://host/path.
+Token shards have the layout that llm.c and modded-nanogpt
 read: 256 int32 of header, then uint16 ids. Everything random is a pure function of a seed and a step, so that
 nothing needs a cursor to be saved and resumed.
 
@@ -204,16 +206,17 @@ def text_field(item, where):
 HF, RAW = "https://huggingface.co/datasets/", "https://raw.githubusercontent.com/"
 CLIMBMIX = [f"{HF}OptimalScale/ClimbMix/resolve/main/part_{i}.jsonl" for i in range(100)]
 C4 = HF + "allenai/c4/resolve/main/en/c4-{}.{:05}-of-{:05}.json.gz"
-STORIES, GSM8K = HF + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-", RAW + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c"
+STORIES = HF + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
+GSM8K = RAW + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
 PUBLIC = {  # word for --source: (file under --out, URL, sha256 where known) of each of its files
     "tinystories": [("train/tinystories.txt", f"{STORIES}train.txt", ""), ("val/tinystories.txt", f"{STORIES}valid.txt", "")],
     "gsm8k": [
-        ("gsm8k_train.jsonl", f"{GSM8K}/grade_school_math/data/train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
-        ("gsm8k_test.jsonl", f"{GSM8K}/grade_school_math/data/test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+        ("gsm8k_train.jsonl", GSM8K + "train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+        ("gsm8k_test.jsonl", GSM8K + "test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
     ],
     "core": [
         (
-            "eval_bundle.zip",
+            "eval_bundle.zip",  # CORE, and ARC in it
             "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip",
             "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200",
         )
@@ -404,10 +407,12 @@ def retry_after(headers):
 def wrong_content(file, name, sha256=""):
     """What is wrong with a file that was brought as `name`, in a few words, or an empty string."""
     if sha256:
+        digest = hashlib.sha256()
         with open(file, "rb") as f:
-            found = hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
-        if found != sha256:
-            return f"its sha256 is {found[:16]}..., not {sha256[:16]}..."
+            while block := f.read(2**20):
+                digest.update(block)
+        if digest.hexdigest() != sha256:
+            return f"its sha256 is {digest.hexdigest()[:16]}..., not {sha256[:16]}..."
     with open(file, "rb") as f:
         head = f.read(256).lstrip().lower()
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
@@ -489,7 +494,8 @@ def carry_out(fetcher, plan, what):
     def progress():
         sizes, rate = list(fetcher.expected.values()), max(1, fetcher.received) / max(0.01, time.time() - start)
         total = max(fetcher.received, sum(sizes) / max(1, len(sizes)) * calls)  # what was not begun counts as the mean of what was
-        return f"{fetcher.received / 1e6:,.0f} of about {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, {(total - fetcher.received) / rate:,.0f} s left"
+        got, left = fetcher.received / 1e6, (total - fetcher.received) / rate
+        return f"{got:,.0f} of about {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, {left:,.0f} s left"
 
     pool = ThreadPoolExecutor(FETCHERS)
     try:
@@ -519,7 +525,8 @@ def download(cfg):
     names = [unquote(urlsplit(url).path.rsplit("/", 1)[-1]) for url in urls]
     if cfg.source not in SOURCES and not all(re.match("https?://[^/]+/", url) for url in urls):
         raise SystemExit(f"there is no source {cfg.source!r}; there are {', '.join(SOURCES)}, and URLs with commas between")
-    if cfg.source not in SOURCES and (len(set(names)) < len(names) or not all(re.search(r"\.(txt|jsonl|json)(\.gz)?$|\.parquet$", n) for n in names)):
+    known = all(re.search(r"\.(txt|jsonl|json)(\.gz)?$|\.parquet$", name) for name in names)
+    if cfg.source not in SOURCES and (len(set(names)) < len(names) or not known):
         raise SystemExit(f"URLs have to end in names of their own with .txt, .jsonl, .json (also .gz) or .parquet; got {', '.join(names)}")
     fetcher = Fetcher(cfg.mirror, cfg.wait, cfg.patience)
     source, wanted = cfg.source, {"source": cfg.source, "slice": size}
@@ -528,7 +535,8 @@ def download(cfg):
         source = "c4"
         print(f"{folder} holds C4, which stood in for ClimbMix; going on with it (another --out=DIR tries ClimbMix again)")
     elif source == "climbmix" and was and was != wanted:
-        raise SystemExit(f"{folder} was made from {was['source']} in slices of {was['slice']} bytes, not from {source} in {size}; choose another --out=DIR")
+        made = f"{was['source']} in slices of {was['slice']} bytes"
+        raise SystemExit(f"{folder} was made from {made}, not from {source} in {size}; choose another --out=DIR")
     try:
         if source == "climbmix":
             write_whole(note, json.dumps(wanted))
@@ -554,7 +562,8 @@ def download(cfg):
     except Unusable as error:
         raise SystemExit(f"{error}; what was brought stays in {folder}, and the same command goes on from there")
     for archive in (*folder.glob("*.zip"), *folder.glob("*.tar")):
-        shutil.unpack_archive(archive, folder, **({"filter": "data"} if archive.suffix == ".tar" and hasattr(tarfile, "data_filter") else {}))
+        safe = {"filter": "data"} if archive.suffix == ".tar" and hasattr(tarfile, "data_filter") else {}  # nothing outside the folder
+        shutil.unpack_archive(archive, folder, **safe)
     print(f"{source}: all there, in {folder}")
 
 

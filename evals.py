@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import gpt
 from data import DEMO, RULES, SPECIALS, TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, question
 from data import read_documents, read_lines, task_names, visible
 from gpt import KVCache, command, latest, load_model, override, start_machine, write_whole
@@ -141,7 +142,7 @@ BUDGET = {"cuda": 2**14, "cpu": 2**10}  # tokens of a forward pass
 
 def core_rows(file, kind):
     """The items of one file. Raises SystemExit naming file and line."""
-    wanted = {CHOICE: ("query", "choices", "gold"), SCHEMA: ("context_options", "continuation", "gold"), LM: ("context", "continuation")}[kind]
+    wanted = {CHOICE: ("query", "choices", "gold"), SCHEMA: ("context_options", "continuation", "gold")}.get(kind, ("context", "continuation"))
     rows = []
     for where, row in read_lines(file):
         options = isinstance(row, dict) and row.get("choices" if kind == CHOICE else "context_options")
@@ -268,8 +269,10 @@ def core_task(model, tokenizer, machine, rows, shots, kind, delimiter):
                 over = max(0, len(tokens) - T)  # of what is too long, the beginning is lost
                 cut += over > 0
                 spans[i].append((tokens[over:], max(1, first - over), max(1, end - over)))
-        # choices that were cut differently share nothing any more
-        alike = [i for i in items if kind == CHOICE and shared([tokens for tokens, *_ in spans[i]]) >= max(first for _, first, _ in spans[i])]
+        alike = []  # choices that were cut differently share nothing any more
+        for i in items if kind == CHOICE else ():
+            if shared([tokens for tokens, *_ in spans[i]]) >= max(first for _, first, _ in spans[i]):
+                alike.append(i)
         found = dict(zip(alike, choice_scores(model, [spans[i] for i in alike], machine.device)))
         others = [(i, span) for i in items if i not in found for span in spans[i]]
         for (i, _), score in zip(others, core_scores(model, [span for _, span in others], machine.device, kind == LM)):
@@ -286,6 +289,7 @@ def run_core(model, tokenizer, machine, folder, cache, count=0):
     """
     root = next((p for p in (Path(folder) / "eval_data", Path(folder) / "eval_bundle" / "eval_data") if p.is_dir()), Path(folder))
     known = json.loads(Path(cache).read_text()) if Path(cache).exists() else {}
+    code = hashlib.sha256(Path(__file__).read_bytes() + Path(gpt.__file__).read_bytes()).hexdigest()[:16]  # other code, other figures
     known, results, missing = machine.gather(known)[0], {}, []
     for label, name, shots, kind, delimiter, guess, published in CORE:
         file, start = root / f"{name}.jsonl", time.time()
@@ -299,7 +303,7 @@ def run_core(model, tokenizer, machine, folder, cache, count=0):
         rows = rows[: count or len(rows)]
         if not rows:
             raise SystemExit(f"{file} holds no items")
-        key = [label, len(rows), hashlib.sha256(file.read_bytes()).hexdigest()[:16], str(machine.dtype)]
+        key = [label, len(rows), hashlib.sha256(file.read_bytes()).hexdigest()[:16], str(machine.dtype), code]
         if known.get(label, {}).get("key") != key:
             right, cut = core_task(model, tokenizer, machine, rows, shots, kind, delimiter)
             known[label] = {"key": key, "right": "".join(map(str, right)), "cut": cut}
@@ -309,11 +313,13 @@ def run_core(model, tokenizer, machine, folder, cache, count=0):
         accuracy = right.count("1") / len(right)
         results[label] = accuracy, len(right), (accuracy - guess / 100) / (1 - guess / 100)
         note = f", {cut} texts were cut to {model.cfg.seq_len} tokens" if cut else ""
-        machine.print(f"{label:33}{accuracy:7.2%} of {len(right):6,}   centred {results[label][2]:+.4f}   {time.time() - start:.1f} s{note}")
+        score = f"{accuracy:7.2%} of {len(right):6,}   centred {results[label][2]:+.4f}"
+        machine.print(f"{label:33}{score}   {time.time() - start:.1f} s{note}")
     mean = sum(centred for *_, centred in results.values()) / max(1, len(results))
     if missing:
-        machine.print(f"missing: {', '.join(f'{label} ({file})' for label, file in missing)}; `python data.py download --source=core` has them")
-        machine.print(f"so there is no CORE; the mean of the other {len(results)} centred accuracies is {mean:.4f}" if results else "so there is no CORE")
+        names = ", ".join(f"{label} ({file})" for label, file in missing)
+        machine.print(f"missing: {names}; `python data.py download --source=core` has them")
+        machine.print(f"so there is no CORE; the mean of the {len(results)} centred accuracies there are is {mean:.4f}")
     elif count:
         machine.print(f"CORE, estimated from at most {count} items a task: {mean:.4f}")
     else:

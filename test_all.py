@@ -1268,7 +1268,8 @@ def write_public_conversations(folder, count=30):
     }
     for name, row in rows.items():
         (folder / name).write_bytes(jsonl(row(i) for i in range(count)))
-    worse, best = turn("assistant", "worse", rank=1), turn("assistant", "best", turn("prompter", "why?", turn("assistant", "so", rank=None)), rank=0)
+    worse = turn("assistant", "worse", rank=1)
+    best = turn("assistant", "best", turn("prompter", "why?", turn("assistant", "so", rank=None)), rank=0)
     foreign = turn("assistant", "besser", rank=0) | {"lang": "de"}
     trees = [{"message_tree_id": i, "prompt": turn("prompter", f"tree {i}", worse, foreign, best)} for i in range(count)]
     trees += [{"prompt": turn("prompter", "hallo", best) | {"lang": "de"}}, {"prompt": turn("prompter", "nobody answers")}]
@@ -1284,7 +1285,8 @@ def test_public_conversations_are_read_and_mixed(tmp_path, tokenizer, capsys):
         data.render(messages, tokenizer)
         contents = [m["content"] for m in messages]
         said.setdefault(contents[0].split()[0], []).append((len(messages), contents[-1]))
-    for word, share, last in [("orca", 0.3, "orca gpt"), ("ultra", 0.3, ".3"), ("dolly", 0.05, "so"), ("tree", 0.05, "so"), ("mmlu", 0.12, "C")]:
+    ends = [("orca", 0.3, "orca gpt"), ("ultra", 0.3, ".3"), ("dolly", 0.05, "so"), ("tree", 0.05, "so"), ("mmlu", 0.12, "C")]
+    for word, share, last in ends:
         assert len(said[word]) == round(400 * share) and all(last in content for _, content in said[word]), word
     assert {n for n, _ in said["orca"]} == {3} and {n for n, _ in said["ultra"]} == {4} and {n for n, _ in said["tree"]} == {4}
     assert len(said["gsm"]) == 32 and {"type": "python", "text": "48/2"} in said["gsm"][0][1]
@@ -1560,7 +1562,8 @@ def climbmix():
     """100 parts in the layout of ClimbMix: sorted by topic, of unequal length, each document unlike every other."""
     rng, parts = random.Random(1), {}
     for p in range(100):
-        rows = [{"text": f"part {p} row {i}: " + "é" * rng.randrange(40), "cluster_id": i // 20, "token_count": 7} for i in range(rng.randint(180, 260))]
+        texts = [f"part {p} row {i}: " + "é" * rng.randrange(40) for i in range(rng.randint(180, 260))]
+        rows = ({"text": text, "cluster_id": i // 20, "token_count": 7} for i, text in enumerate(texts))
         parts[data.CLIMBMIX[p].replace("https:/", "")] = jsonl(rows)
     return parts
 
@@ -1680,7 +1683,8 @@ def test_tinystories_and_the_right_words(host, tmp_path):
         host.files[url.replace("https:/", "")] = b"One day.\n<|endoftext|>\nAnother day.\n<|endoftext|>\n"
     fetch(host, "tinystories", tmp_path)
     assert [t.strip() for t in data.read_documents(tmp_path / "val")] == ["One day.", "Another day."]
-    for source, message in (("climbmax", "there is no source"), ("https://a/x.exe", "have to end in"), ("https://a/x.txt,https://b/x.txt", "names of their own")):
+    twice = ("https://a/x.txt,https://b/x.txt", "names of their own")
+    for source, message in (("climbmax", "there is no source"), ("https://a/x.exe", "have to end in"), twice):
         with pytest.raises(SystemExit, match=message):
             fetch(host, source, tmp_path / "other")
     with pytest.raises(SystemExit, match="data.py download --source=tinystories"):
@@ -2003,7 +2007,8 @@ def test_multiple_choice_from_its_files(tmp_path):
     own = {"id": "1", "question": {"stem": "Why?", "choices": [{"text": t, "label": n} for t, n in zip("uvw", "123")]}, "answerKey": "2"}
     (tmp_path / "ARC-Challenge-Test.jsonl").write_bytes(jsonl([own]))
     (tmp_path / "eval_data" / "world_knowledge").mkdir(parents=True)
-    (tmp_path / "eval_data" / "world_knowledge" / "arc_easy.jsonl").write_bytes(jsonl([{"query": "Question: Why?", "choices": ["u", "v", "w"], "gold": 1}]))
+    bundled = {"query": "Question: Why?", "choices": ["u", "v", "w"], "gold": 1}
+    (tmp_path / "eval_data" / "world_knowledge" / "arc_easy.jsonl").write_bytes(jsonl([bundled]))
     (tmp_path / "data" / "test").mkdir(parents=True)
     (tmp_path / "data" / "test" / "law_test.csv").write_text('Why?,u,v,w,"x, y",B\n"a ""b"" c",1,2,3,4,D\n')
     (challenge,), (easy,) = (data.TASKS[name].items("test", 0, 9, str(tmp_path)) for name in ("arc_challenge", "arc_easy"))
@@ -2145,7 +2150,8 @@ def test_core_is_shared_among_ranks(tokenizer, tmp_path):
             machine = Machine(torch.device("cpu"), torch.float32, rank, 3)
             machine.gather, machine.sum = lambda item: [parts.append(item) or dict(enumerate(want))], lambda n: n
             evals.core_task(model, tokenizer, machine, rows[label], 2, kind, delimiter)
-        assert [len(part) for part in parts] == [3, 3, 2] and {i: int(v) for part in parts for i, v in part.items()} == dict(enumerate(want))
+        assert [len(part) for part in parts] == [3, 3, 2]
+        assert {i: int(v) for part in parts for i, v in part.items()} == dict(enumerate(want))
 
 
 def test_choices_that_share_their_beginning_score_as_each_alone():
