@@ -4,7 +4,7 @@ Alignment: from a model that imitates to one that is right more often, or that a
     python rl.py                                    # the fine-tuned model in out/, arithmetic in words
     python rl.py --task=counting --out=other --from=out
     python rl.py --task=gsm8k --files=DIR --max_tokens=200
-    python rl.py --method=dpo --out=liked --from=out --init=rl --task=polite --lr_matrix=0.0005 --lr_embed=0.0003
+    python rl.py --method=dpo --out=liked --from=out --init=rl --task=polite --nll=1 --lr_matrix=0.0015 --lr_embed=0.001
     python rl.py --method=dpo --out=liked --from=out --data=FILE.jsonl    # your pairs, HH-RLHF's or UltraFeedback's
     torchrun --nproc_per_node=8 rl.py
 
@@ -36,6 +36,9 @@ Tokens that the calculator wrote are read but not learnt; the token that ends th
 
 The starting model's share of it is computed once, before the first step, and kept in out/rl/reference_*.json. A line of pairs is
 {"prompt": "...", "chosen": "...", "rejected": "..."}, or has `messages` in place of `prompt`. Nothing is sampled in training.
+Only the difference counts, so that pairs are soon ranked right while what the model says has not changed, or has become
+nonsense: --nll=1 adds the chosen answers' mean loss a token (Pang et al. 2024, arXiv 2404.19733). Left out: a model of rewards
+(the pairs themselves are the supervision), and the length's share in the margin (long answers weigh more, as in the paper).
 """
 
 import dataclasses
@@ -84,8 +87,9 @@ class Config:
     kl: float = 0.0  # policy: weight of the KL to the model that it started from; 0 computes none
     pairs: int = 32  # dpo: pairs a step, over all ranks
     beta: float = 0.1  # dpo: how dear it is to leave the model that it started from
+    nll: float = 0.0  # dpo: weight of the chosen answers' own loss, nats a token; 0 computes none
     micro_rows: int = 32  # rows of a forward pass; smaller needs less memory and computes the same
-    lr_matrix: float = 0.003  # Muon, matrices; dpo wants a sixth of this: its pairs rank right long before its rates are spent
+    lr_matrix: float = 0.003  # Muon, matrices
     lr_embed: float = 0.002  # AdamW, embeddings
     lr_unembed: float = 0.0002  # AdamW, output layer
     seed: int = 1  # of problems and sampling, or of the pairs' order
@@ -196,6 +200,8 @@ def dpo_loss(nats, targets, answers, cfg):
     gain = logprob - torch.tensor([a.reference for a in answers], device=nats.device)
     margin = cfg.beta * (gain[0::2] - gain[1::2])  # of the implicit rewards
     loss = -F.logsigmoid(margin).sum()
+    if cfg.nll:
+        loss = loss - cfg.nll * (logprob / (targets >= 0).sum(1))[0::2].sum()
     figures = {"loss": loss, "margin": margin.sum(), "ranked_right": (margin > 0).sum()}
     return loss, figures | {"chosen_logprob": logprob[0::2].sum(), "rejected_logprob": logprob[1::2].sum()}
 

@@ -2761,6 +2761,8 @@ def test_dpo_loss_is_its_formula():
     loss.backward()
     assert np.abs(nats.grad[0::2, 0].numpy() - 0.3 / (1 + np.exp(margins))).max() < 1e-6
     assert (nats.grad[1::2] == -nats.grad[0::2]).all()
+    more = rl.dpo_loss(nats, torch.ones(6, 5), answers, rl.Config(beta=0.3, nll=0.5))[0] - loss
+    assert abs(more.item() + 0.5 * logprobs[0::2].mean(1).sum()) < 1e-6
 
 
 def test_dpo_takes_the_gradient_of_its_formula(tiny_run, tmp_path, monkeypatch):
