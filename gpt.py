@@ -741,7 +741,8 @@ def find_resume(folder, cfg, machine, parent=None):
         return None
     state = read_state(found)
     ours = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE_KNOBS}
-    theirs = {k: v for k, v in state["config"].items() if k not in FREE_KNOBS}
+    before = dataclasses.asdict(type(cfg)()) | state["config"]  # a knob that did not exist then had its default's effect
+    theirs = {k: v for k, v in before.items() if k not in FREE_KNOBS}
     changed = [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
     if changed:
         changed = "; ".join(f"{k}={theirs.get(k)!r} became {ours.get(k)!r}" for k in changed)

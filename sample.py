@@ -22,6 +22,7 @@ Left out: paging of the cache (a slot holds a whole context; at these sizes memo
 
 import ast
 import codecs
+import copy
 import math
 import operator
 import warnings
@@ -213,9 +214,13 @@ class Engine:
 
     def admit(self):
         """Give waiting requests a slot each, with what another slot holds of their beginnings."""
-        version = self.model.embed.weight._version  # counts changes in place
-        if version != self.version:  # the model was trained on: what it read before is worth nothing
-            self.held, self.version = [[] for _ in range(self.slots)], version
+        weight = self.model.embed.weight
+        if self.version != (id(self.model), weight._version):  # it counts changes in place
+            # the model was trained on: what it read before is worth nothing
+            self.held, self.version = [[] for _ in range(self.slots)], (id(self.model), weight._version)
+            # weights in the precision of the products, converted here and not at each step
+            same = weight.dtype == self.model.dtype
+            self.reader = self.model if same else copy.deepcopy(self.model).to(self.model.dtype)
         while self.waiting and len(self.running) < self.slots:
             prompt, n = self.waiting[0].prompt[:-1], len(self.running)
             alike = [common(prompt, self.running[i].prompt if i < n else self.held[i]) for i in range(self.slots)]
@@ -247,7 +252,7 @@ class Engine:
         # padding writes beyond a row's end, where later tokens overwrite it before anything reads it
         ids = [(self.running[i].prompt[at : at + width] + [0] * width)[:width] for i, at in zip(rows, start)]
         self.cache.rows, self.cache.span = torch.tensor(rows, device=self.device), max(start) + width
-        self.model(torch.tensor(ids, device=self.device), cache=self.cache, pos=torch.tensor(start, device=self.device), fill=True)
+        self.reader(torch.tensor(ids, device=self.device), cache=self.cache, pos=torch.tensor(start, device=self.device), fill=True)
         for i, at in zip(rows, start):
             self.running[i].read = min(at + width, len(self.running[i].prompt) - 1)
 
@@ -257,7 +262,7 @@ class Engine:
         last = [r.prompt[r.read] if r.read < len(r.prompt) else r.ids[r.read - len(r.prompt)] for r in self.running]
         self.cache.rows, self.cache.span = None, max(at) + 1
         pos = torch.tensor(at, device=self.device)
-        logits = self.model(torch.tensor(last, device=self.device)[:, None], cache=self.cache, pos=pos)[:, -1]  # (B, V)
+        logits = self.reader(torch.tensor(last, device=self.device)[:, None], cache=self.cache, pos=pos)[:, -1]  # (B, V)
         ready = [i for i, r in enumerate(self.running) if r.read == len(r.prompt) + len(r.ids) - 1]
         for request in self.running:
             request.read += 1

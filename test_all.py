@@ -1010,7 +1010,8 @@ def test_sharded_optimizer_equals_one_process(world, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(HERE)}
     subprocess.run([sys.executable, script, tmp_path / "one"], check=True, env=env)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", script]
-    subprocess.run([*launch, tmp_path / "many"], check=True, env=env, capture_output=True)
+    done = subprocess.run([*launch, tmp_path / "many"], env=env, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-3000:]
     want = torch.load(tmp_path / "one0")
     for rank in range(world):
         for a, b in zip(want, torch.load(tmp_path / f"many{rank}")):
@@ -2203,6 +2204,21 @@ def test_a_complete_stage_is_left_alone(tiny_run):
     for script, knobs in (("pretrain.py", TINY), ("rl.py", TINY_RL)):
         assert "is complete" in run(script, f"--out={tiny_run}", *knobs)[1]
     assert (tiny_run / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_from_before_a_knob_was_added_goes_on(tiny_run, tmp_path):
+    copied = shutil.copytree(gpt.latest(tiny_run / "base"), tmp_path / "step_000001")
+    state = json.loads((copied / "state.json").read_text())
+    machine = gpt.start_machine("cpu")
+    cfg = gpt.override(runpy.run_path(str(HERE / "pretrain.py"))["Config"](), [])
+    for name, value in state["config"].items():
+        setattr(cfg, name, value)
+    del state["config"]["clean"]
+    (copied / "state.json").write_text(json.dumps(state))
+    assert gpt.find_resume(tmp_path, cfg, machine) == copied
+    cfg.clean = True
+    with pytest.raises(SystemExit, match="clean=False became True"):
+        gpt.find_resume(tmp_path, cfg, machine)
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
