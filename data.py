@@ -14,9 +14,8 @@ tasks with their graders, and the demo world.
 Text is a file or folder of .txt, .jsonl or .json (field `text`), each also as .gz, or .parquet where pyarrow is
 installed. Conversations are .jsonl with `messages`, or in the forms that GSM8K, SlimOrca, UltraChat, OASST2 and Dolly
 are published in. Downloads go on where they were stopped; --mirror=URL asks URL/host/path for https://host/path.
-Token shards have the layout that llm.c and modded-nanogpt
-read: 256 int32 of header, then uint16 ids. Everything random is a pure function of a seed and a step, so that
-nothing needs a cursor to be saved and resumed.
+Token shards have the layout that llm.c and modded-nanogpt read: 256 int32 of header, then uint16 ids. Everything
+random is a pure function of a seed and a step, so that nothing needs a cursor to be saved and resumed.
 
 To add a special token, rename the next spare in SPECIALS. To split text in another way before merging, edit
 SPLIT. To add a task, write a class with `items` and `grade` and name it in TASKS. To change what the chat model
@@ -1164,19 +1163,18 @@ def messages_of(item):
 
 
 def conversations_in(file):
-    """Yield (messages, where, whether the form is our own) of each line of a .jsonl, or row of one of MMLU's .csv."""
+    """Yield (messages or None, where, what was read) of each line of a .jsonl, or row of one of MMLU's .csv."""
     if file.suffix == ".csv":
         for row in Mmlu.read(file):
             item = Choice.item(*row)
-            yield [*item["messages"], {"role": "assistant", "content": item["answer"]}], file, False
+            yield [*item["messages"], {"role": "assistant", "content": item["answer"]}], file, item
         return
     for where, item in read_lines(file):
-        own = not isinstance(item, dict) or not item.keys() & {"conversations", "data", "instruction", "prompt"}
         try:
             messages = messages_of(item)
         except (KeyError, TypeError, AttributeError, IndexError):
             messages = None
-        yield usable(messages), f"{where}: {ascii(item)[:80]}", own
+        yield usable(messages), where, item
 
 
 def read_conversations(paths):
@@ -1189,13 +1187,13 @@ def read_conversations(paths):
     chats = []
     for file in (f for path in paths.split(",") for f in text_files(path, ("jsonl",))):
         try:
-            for messages, where, own in conversations_in(file):
+            for messages, where, item in conversations_in(file):
                 if messages:
                     chats.append(messages)
-                elif own:
+                elif not isinstance(item, dict) or not item.keys() & {"conversations", "data", "instruction", "prompt"}:
                     form = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}'
-                    where, _, got = where.partition(": ")
-                    raise SystemExit(f"{where}: wanted {form}, perhaps a system message first, users and assistants in turn; got {got}")
+                    form += ", perhaps a system message first, users and assistants in turn"
+                    raise SystemExit(f"{where}: wanted {form}; got {ascii(item)[:80]}")
         except BROKEN as error:
             raise unreadable(file, error)
     if not chats:
@@ -1313,7 +1311,7 @@ def checked_pair(item, where):
             if not usable([*messages, {"role": "assistant", "content": answer}]):
                 raise ValueError("not a conversation")
         return {"messages": messages, "chosen": chosen, "rejected": rejected}
-    except (KeyError, TypeError, ValueError, AttributeError, SystemExit):
+    except (KeyError, TypeError, ValueError, AttributeError):
         pass
     form = '{"prompt": "...", "chosen": "...", "rejected": "..."}, or messages that end with the user\'s in place of prompt'
     raise SystemExit(f"{where}: wanted {form}, or a line of HH-RLHF or UltraFeedback; got {ascii(item)[:80]}")
@@ -1689,7 +1687,8 @@ def preferences(seed, count, split="train"):
         if kind == "arithmetic":
             op = rng.choice("+-*/")
             a, b = some_numbers(rng, op, split)
-            messages, n = [{"role": "user", "content": Arithmetic.ask(rng, PROBLEMS[op].splitlines()[:PROBLEMS_SHOWN], a, b)}], reckon(a, b, op)
+            asked, n = Arithmetic.ask(rng, PROBLEMS[op].splitlines()[:PROBLEMS_SHOWN], a, b), reckon(a, b, op)
+            messages = [{"role": "user", "content": asked}]
             call, right = with_tool(f"{a}{op}{b}", n, "")[:2], f"The answer is {n}."
         else:
             item = TASKS[kind].items(split, rng.random(), 1)[0]
@@ -1998,7 +1997,6 @@ def main(argv):
         lock_folder(cfg.out, start_machine("cpu"))
         download(cfg)
     elif command == "prepare":
-
         cfg, machine = override(PrepareConfig(), rest, __doc__), start_machine("cpu")
         lock_folder(cfg.out, machine)
         _, _, train, _ = prepare(cfg, machine)

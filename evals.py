@@ -32,8 +32,7 @@ import gpt
 from data import DEMO, RULES, SPECIALS, TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, question
 from data import read_documents, read_lines, task_names, visible
 from gpt import KVCache, command, latest, load_model, override, start_machine, write_whole
-from sample import Engine, Params
-
+from sample import Engine, Params, common
 
 # -----------------------------------------------------------------------------
 # Bits per byte
@@ -78,7 +77,7 @@ def run_tasks(model, tokenizer, machine, names, count, files="", seed=0, split="
         mine = items[machine.rank :: machine.world]
         prompts = [question(item, tokenizer, engine.cache.length, task.max_tokens) for item in mine]
         if items and "letters" in items[0]:
-            texts = likeliest(model, tokenizer, prompts, [item["letters"] for item in mine], machine.device)
+            texts = best_letters(model, tokenizer, prompts, [item["letters"] for item in mine], machine.device)
         else:
             done = engine.generate(prompts, Params(max_tokens=task.max_tokens))
             texts = [visible(parse(r.ids, tokenizer)) for r in done]
@@ -88,14 +87,28 @@ def run_tasks(model, tokenizer, machine, names, count, files="", seed=0, split="
     return results
 
 
-@torch.inference_mode()
-def likeliest(model, tokenizer, prompts, letters, device):
-    """Of each prompt's letters, the one that is likeliest to come next."""
-    found, order = [""] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    budget = min(BUDGET[torch.device(device).type], 2**28 // model.cfg.vocab_size)
+BUDGET = {"cuda": 2**14, "cpu": 2**10}  # tokens of a forward pass
+LOGITS = 2**28  # numbers that the logits of a forward pass may be
+
+
+def by_length(lengths, device, most=2**62):
+    """Yield lists of places that go through the model together, of like lengths, padding included within the budget.
+
+    The longest come first, so that running out of memory shows at once.
+    """
+    order, budget = sorted(range(len(lengths)), key=lengths.__getitem__), min(BUDGET[torch.device(device).type], most)
     while order:
-        length = len(prompts[order[-1]])
-        rows, order = order[-max(1, budget // length) :], order[: -max(1, budget // length)]
+        n = max(1, budget // lengths[order[-1]])
+        yield order[-n:]
+        order = order[:-n]
+
+
+@torch.inference_mode()
+def best_letters(model, tokenizer, prompts, letters, device):
+    """Of each prompt's letters, the one that is likeliest to come next."""
+    found = [""] * len(prompts)
+    for rows in by_length([len(p) for p in prompts], device, LOGITS // model.cfg.vocab_size):
+        length = max(len(prompts[i]) for i in rows)
         ids = torch.tensor([prompts[i] + [0] * (length - len(prompts[i])) for i in rows])
         logits = model(ids.to(device))
         for b, i in enumerate(rows):
@@ -137,12 +150,10 @@ CORE = [
 ]
 
 
-BUDGET = {"cuda": 2**14, "cpu": 2**10}  # tokens of a forward pass
-
-
 def core_rows(file, kind):
     """The items of one file. Raises SystemExit naming file and line."""
-    wanted = {CHOICE: ("query", "choices", "gold"), SCHEMA: ("context_options", "continuation", "gold")}.get(kind, ("context", "continuation"))
+    choice, schema = ("query", "choices", "gold"), ("context_options", "continuation", "gold")
+    wanted = {CHOICE: choice, SCHEMA: schema, LM: ("context", "continuation")}[kind]
     rows = []
     for where, row in read_lines(file):
         options = isinstance(row, dict) and row.get("choices" if kind == CHOICE else "context_options")
@@ -176,8 +187,7 @@ def core_prompts(rows, i, shots, kind, delimiter):
 
 def shared(sequences):
     """How many elements the sequences have in common at their beginning."""
-    least = min(map(len, sequences))
-    return next((i for i in range(least) if any(s[i] != sequences[0][i] for s in sequences)), least)
+    return min(common(sequences[0], other) for other in sequences)
 
 
 def core_spans(texts, kind):
@@ -196,12 +206,9 @@ def core_scores(model, spans, device, greedy):
 
     Sequences of like length are run together. The caller has cut them to the model's context.
     """
-    order, scores = sorted(range(len(spans)), key=lambda i: len(spans[i][0])), [0.0] * len(spans)
-    most = BUDGET[torch.device(device).type]
-    budget = min(most, 2**28 // model.cfg.vocab_size) if greedy else most  # logits are large
-    while order:
-        length = len(spans[order[-1]][0])  # the longest come first, so that running out of memory shows at once
-        rows, order = order[-max(1, budget // length) :], order[: -max(1, budget // length)]
+    scores = [0.0] * len(spans)
+    for rows in by_length([len(ids) for ids, _, _ in spans], device, *[LOGITS // model.cfg.vocab_size] * greedy):
+        length = max(len(spans[i][0]) for i in rows)
         ids, targets = torch.zeros(2, len(rows), length, dtype=torch.long).unbind()
         targets[:] = -1
         for b, i in enumerate(rows):
@@ -226,10 +233,9 @@ def choice_scores(model, groups, device):
 
     What the choices share, which with ten shots is nearly all, is read once into a cache, and then each choice's own end.
     """
-    order, scores = sorted(range(len(groups)), key=lambda g: max(end for _, _, end in groups[g])), [[] for _ in groups]
-    while order:
-        N = max(end for _, _, end in groups[order[-1]])
-        some, order = order[-max(1, BUDGET[torch.device(device).type] // N) :], order[: -max(1, BUDGET[torch.device(device).type] // N)]
+    longest, scores = [max(end for _, _, end in group) for group in groups], [[] for _ in groups]
+    for some in by_length(longest, device):
+        N = max(longest[g] for g in some)
         cache = KVCache(model.cfg, len(some), N, device, model.dtype)
         prefix = torch.zeros(len(some), max(groups[g][0][1] for g in some), dtype=torch.long)
         for b, g in enumerate(some):
@@ -533,7 +539,7 @@ def main(argv):
         found, path = latest(f"{cfg.out}/{stage}"), f"{cfg.out}/{stage} step {state['step']}"
         machine.print(f"{path}: CORE, from {cfg.core}")
         results, core = run_core(model, tokenizer, machine, cfg.core, found / "core.json", max(0, cfg.count))
-        figures = {f"accuracy/core {k}": v[0] for k, v in results.items()} | {f"n/core {k}": v[1] for k, v in results.items()}
+        figures = task_figures({f"core {label}": result for label, result in results.items()})
         return record(cfg.out, machine, stage, figures | ({"CORE": core} if core is not None else {}))
     cfg.count = {-1: 500, 0: 2**31}.get(cfg.count, cfg.count)
     machine.print(f"{cfg.out}/{stage} step {state['step']}, {cfg.split} items of seed {cfg.seed}")

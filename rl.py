@@ -4,7 +4,7 @@ Alignment: from a model that imitates to one that is right more often, or that a
     python rl.py                                    # the fine-tuned model in out/, arithmetic in words
     python rl.py --task=counting --out=other --from=out
     python rl.py --task=gsm8k --files=DIR --max_tokens=200
-    python rl.py --method=dpo --out=liked --from=out --init=rl --task=polite --nll=1 --lr_matrix=0.0015 --lr_embed=0.001
+    python rl.py --method=dpo --out=liked --from=out --init=rl --task=polite --nll=1 --lr_matrix=0.0015 --lr_embed=0.001 --pairs=16
     python rl.py --method=dpo --out=liked --from=out --data=FILE.jsonl    # your pairs, HH-RLHF's or UltraFeedback's
     torchrun --nproc_per_node=8 rl.py
 

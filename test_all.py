@@ -2033,7 +2033,7 @@ def test_the_likeliest_letter_wins(chatty, tokenizer):
     for prompt, some in zip(prompts, letters):
         logits = chatty(torch.tensor([prompt]))[0, -1]
         want.append(max(some, key=lambda letter: logits[tokenizer.encode(letter)[0]].item()))
-    assert evals.likeliest(chatty, tokenizer, prompts, letters, "cpu") == want and len(set(want)) > 2
+    assert evals.best_letters(chatty, tokenizer, prompts, letters, "cpu") == want and len(set(want)) > 2
 
 
 def write_core(folder, count=8):
