@@ -1831,6 +1831,21 @@ def test_engine_forgets_what_it_read_when_the_model_learns(chatty, tokenizer):
     assert request.ids == uncached(model, request)
 
 
+def test_engine_converts_the_weights_of_a_model_in_training(tokenizer):
+    """fp32 weights that multiply in bf16: what the engine reads with is the model of that moment, bit for bit."""
+    model, ids = small(vocab_size=tokenizer.vocab_size), torch.arange(20).view(1, 20)
+    model.dtype = torch.bfloat16
+    engine = Engine(model, tokenizer, 2)
+    for _ in range(2):
+        engine.generate([list(range(30))], Params(max_tokens=2))
+        assert engine.reader.embed.weight.dtype == torch.bfloat16 and model.embed.weight.dtype == torch.float32
+        assert torch.equal(engine.reader(ids), model(ids))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        assert not torch.equal(engine.reader(ids), model(ids))
+
+
 def test_engine_reads_long_prompts_between_the_steps_of_others(chatty, tokenizer):
     engine, rng = Engine(chatty, tokenizer, 4), torch.Generator().manual_seed(6)
     engine.chunk, length = 128, engine.cache.length
