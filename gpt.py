@@ -25,10 +25,12 @@ Letters for shapes, here and in every other file:
 Five sections: config override, machine, model, checkpoints, and the table that `python gpt.py` prints.
 """
 
+import copy
 import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
 import hashlib
 import inspect
 import json
@@ -44,6 +46,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -208,6 +211,9 @@ def start_machine(device="auto", dtype="auto", threads=0, deterministic=False):
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        hopper = torch.cuda.get_device_capability(device)[0] == 9
+        if hopper and find_spec("flash_attn_interface") and hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+            torch.nn.attention.activate_flash_attention_impl("FA3")  # torch's own attention then goes through it
     if world > 1 and not dist.is_initialized():
         # rank 0 may prepare data for hours while the others wait at a barrier
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
@@ -247,6 +253,22 @@ class GPTConfig:
         """How many positions back, itself included, a query of this layer sees."""
         short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer < self.depth - 1
         return max(1, self.seq_len // 2) if short else self.seq_len
+
+
+FLEX, TRITON = None, bool(find_spec("triton"))  # FlexAttention, compiled, and what it compiles with
+
+
+@functools.lru_cache
+def band(T, window, device):
+    """For FlexAttention: which blocks of 128 x 128 scores hold something that a window sees; the others cost nothing.
+
+    torch's own kernels know causal attention; a window would be a mask to them, on a slower kernel that skips nothing.
+    """
+    global FLEX
+    from torch.nn.attention import flex_attention as flex  # slow to import
+
+    FLEX = FLEX or torch.compile(flex.flex_attention, dynamic=False)
+    return flex.create_block_mask(lambda b, h, i, j: (j <= i) & (j > i - window), None, None, T, T, device)
 
 
 def norm(x):
@@ -417,7 +439,7 @@ class Attention(nn.Module):
 
     def forward(self, x, value, cos, sin, cache, index, masks):
         """x (B, T, C); value (B, T, G*D) or None; index (B, T), the positions in the cache, or None without one; masks, by
-        window, what is added to a score: (T, T), or (B, 1, T, span) with a cache."""
+        window, what is added to a score, (T, T), or (B, 1, T, span) with a cache, or what else GPT.mask says."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.H, self.D)
         k = self.k(x).view(B, T, self.G, self.D)
@@ -437,7 +459,10 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v, index)  # (B, G, span, D)
         mask = masks[self.window]
         k, v = (t.repeat_interleave(self.H // self.G, 1) if self.G < self.H else t for t in (k, v))
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None)  # (B, H, T, D)
+        if mask is None or isinstance(mask, torch.Tensor):
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None)  # (B, H, T, D)
+        else:
+            y = FLEX(q.transpose(1, 2), k, v, block_mask=mask)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -547,10 +572,13 @@ class GPT(nn.Module):
         return self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
 
     def mask(self, window, T, cache, index):
-        """What is added to the scores of a window: 0 or -inf; None where attention is just causal, or masks by itself."""
+        """What is added to the scores of a window: 0 or -inf; None where attention is just causal, or masks by itself;
+        what FlexAttention wants where a full row trains on a GPU (it compiles for each shape anew: few may come)."""
         device = self.embed.weight.device
         if cache is None and (window >= T or device.type == "cpu"):
             return None
+        if cache is None and T == self.cfg.seq_len and T % 128 == 0 and TRITON and torch.is_grad_enabled():
+            return band(T, window, device)
         i = torch.arange(T if cache is None else cache.span, device=device)
         at = i[:, None] if cache is None else index[:, None, :, None]  # the query's position
         seen = (i <= at) & (i > at - window) if window < len(i) else i <= at
@@ -573,11 +601,17 @@ class GPT(nn.Module):
 
 
 def compile_model(model, machine):
-    """torch.compile of the training forward, or the model itself where there is nothing to compile with."""
+    """The model for training forwards, each block compiled, or the model itself where there is nothing to compile with.
+
+    Like blocks share their code, so that twenty compile as fast as one; and between blocks, the backward pass can hand
+    complete gradients to the optimizer.
+    """
     if machine.device.type == "cpu" and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
         machine.print("note: no C++ compiler, running without torch.compile (apt-get install g++ python3-dev brings it)")
         return model
-    return torch.compile(model, dynamic=False)
+    compiled = copy.copy(model)  # another forward over the same parameters
+    compiled._modules = {**model._modules, "blocks": nn.ModuleList(torch.compile(b, dynamic=False) for b in model.blocks)}
+    return compiled
 
 
 # -----------------------------------------------------------------------------

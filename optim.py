@@ -2,7 +2,8 @@
 Muon for matrices, AdamW for everything else, in one optimizer that shares its work between ranks.
 
     optimizer = build(model, lr_matrix=0.02, lr_embed=0.3, lr_unembed=0.004, weight_decay=0.0)
-    loss.backward()              # gradients are SUMS over a rank's tokens, already divided by the global count
+    for batch in optimizer.passes(micro_batches):
+        loss_of(batch).backward()     # gradients are SUMS over a rank's tokens, already divided by the global count
     norm = optimizer.step(lr_scale)   # sums them over ranks, updates, and leaves every rank with the same weights
 
 What each does to a gradient g, side by side (functions `adamw` and `muon` below):
@@ -22,6 +23,7 @@ the rows of a parameter (or of a stack of matrices of one shape) are padded to a
 a reduce-scatter gives each rank the summed gradient of its own rows, it keeps the state of those rows alone
 (the 8 and 4 bytes above are divided by the world size) and computes their directions, and an all-gather
 hands everyone all directions. Parameters need not divide evenly, and the result is that of one process.
+Gradients leave while the last backward pass still runs (`passes`).
 While a step runs, the stacked gradients, which then turn into directions, take another 4 bytes a parameter.
 
 Left out: learning-rate schedules (they stay with the stage, which passes `lr_scale`), gradient clipping
@@ -86,62 +88,90 @@ def orthogonalise(g, dtype=torch.float32):
 
 class Bundle:
     """Parameters that are updated together: one for AdamW (its rows are numbers), all of one shape for Muon
-    (its rows are matrices). Owns rows [rank * per, (rank + 1) * per) of the padded stack."""
+    (its rows are matrices).
+
+    Gradients travel in pieces. A piece of a Muon bundle is one matrix for each rank, so rank r owns matrices r,
+    r + world, ...: the last layers' pieces leave while the backward pass works on the first. A table is one piece, of
+    which each rank owns a stretch. One process has one piece.
+    """
 
     def __init__(self, params, group, rank, world):
         self.params, self.group, self.rank, self.world = params, group, rank, world
-        self.count = len(params) if group["kind"] == "muon" else params[0].numel()
-        self.per = -(-self.count // world)
-        row = params[0].shape if group["kind"] == "muon" else ()
-        moments = ("m",) if group["kind"] == "muon" else ("m", "v")
+        self.matrices = group["kind"] == "muon"
+        self.count = len(params) if self.matrices else params[0].numel()
+        self.per = -(-self.count // world)  # rows that each rank owns
+        size = world if self.matrices and world > 1 else world * self.per
+        self.pieces = [range(i, min(i + size, self.count)) for i in range(0, self.count, size)]  # of rows
+        self.size = size
+        row = params[0].shape if self.matrices else ()
+        moments = ("m",) if self.matrices else ("m", "v")
         self.state = {name: torch.zeros((self.per, *row), device=params[0].device) for name in moments}
+        self.drop()
 
-    def start(self):
-        """Stack the gradients and begin the reduce-scatter; a parameter without a gradient counts as zero."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        g = torch.stack(grads) if self.group["kind"] == "muon" else grads[0].flatten()
-        for p in self.params:
+    def members(self, piece):
+        """The parameters in piece number `piece`."""
+        return [self.params[i] for i in self.pieces[piece]] if self.matrices else self.params
+
+    def send(self, piece):
+        """Stack a piece's gradients and begin the reduce-scatter; a parameter without a gradient counts as zero."""
+        members = self.members(piece)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
+        g = torch.stack(grads) if self.matrices else grads[0].flatten()
+        for p in members:
             p.grad = None  # the stack holds it now
-        self.mine, self.work = g, None
         if self.world > 1:
-            self.mine = g.new_empty((self.per, *g.shape[1:]))
-            self.full = torch.cat([g, g.new_zeros((self.per * self.world - self.count, *g.shape[1:]))])
-            self.work = dist.reduce_scatter_tensor(self.mine, self.full, async_op=True)
+            if len(g) < self.size:
+                g = torch.cat([g, g.new_zeros((self.size - len(g), *g.shape[1:]))])
+            self.mine[piece] = g.new_empty((self.size // self.world, *g.shape[1:]))
+            self.work[piece] = dist.reduce_scatter_tensor(self.mine[piece], g, async_op=True)
+        else:
+            self.mine[piece] = g
+        self.full[piece] = g
 
     def square(self):
         """Sum of squares of the own rows' summed gradient: not finite where a number of it is not."""
-        if self.work:
-            self.work.wait()
-        return self.mine.square().sum()
+        for work in self.work.values():
+            work.wait()
+        self.gradient = torch.cat([self.mine[i] for i in range(len(self.pieces))]) if len(self.pieces) > 1 else self.mine[0]
+        self.mine.clear()
+        return self.gradient.square().sum()
 
     def update(self, step):
-        """Turn the summed gradient of the own rows into directions and begin the all-gather."""
+        """Turn the summed gradient of the own rows into directions and begin the all-gathers."""
         knobs = {k: v for k, v in self.group.items() if k in ("beta1", "beta2", "eps", "momentum", "dtype")}
-        rule = muon if self.group["kind"] == "muon" else adamw
-        self.direction = rule(self.mine, self.state, step, **knobs)
-        if self.world > 1:
-            mine, self.direction = self.direction, self.full  # the gradient's memory is free for reuse
-            self.work = dist.all_gather_into_tensor(self.direction, mine.contiguous(), async_op=True)
+        direction = (muon if self.matrices else adamw)(self.gradient, self.state, step, **knobs)
+        if self.world == 1:
+            self.full[0] = direction
+            return
+        for i, own in enumerate(direction.contiguous().split(self.size // self.world)):
+            # the gradient's memory is free for reuse
+            self.work[i] = dist.all_gather_into_tensor(self.full[i], own, async_op=True)
 
     def finish(self, lr_scale):
         """Move every parameter; weight decay is decoupled and scales with the learning rate."""
-        if self.world > 1:
-            self.work.wait()
         lr = self.group["lr"] * lr_scale
-        directions = self.direction if self.group["kind"] == "muon" else [self.direction[: self.count]]
-        for p, d in zip(self.params, directions):
-            p.mul_(1 - lr * self.group["weight_decay"]).sub_(d.view_as(p), alpha=lr)
+        for i, direction in self.full.items():
+            if self.world > 1:
+                self.work[i].wait()
+            for p, d in zip(self.members(i), direction if self.matrices else [direction[: self.count]]):
+                p.mul_(1 - lr * self.group["weight_decay"]).sub_(d.view_as(p), alpha=lr)
         self.drop()
 
     def drop(self):
-        self.direction = self.full = self.mine = self.work = None
+        """Forget what is on its way, by piece: the rows of all ranks, the own ones, the communication."""
+        self.full, self.mine, self.work, self.gradient = {}, {}, {}, None
 
 
 class MuonAdamW:
-    """groups: dicts with kind ("muon" or "adamw"), params, lr, weight_decay, and the rule's own knobs."""
+    """groups: dicts with kind ("muon" or "adamw"), params, lr, weight_decay, and the rule's own knobs.
 
-    def __init__(self, groups, rank=0, world=1):
-        self.groups, self.steps = groups, 0
+    order: all parameters in the order in which a forward pass uses them (that of the groups by default). Gradients
+    become complete in the reverse of it; all ranks send them in that order whatever comes first, or they would wait
+    for each other for ever.
+    """
+
+    def __init__(self, groups, rank=0, world=1, order=None):
+        self.groups, self.steps, self.world = groups, 0, world
         self.bundles = []
         for group in groups:
             if group["kind"] == "muon":
@@ -150,6 +180,34 @@ class MuonAdamW:
                     self.bundles.append(Bundle(same, group, rank, world))
             else:
                 self.bundles += [Bundle([p], group, rank, world) for p in group["params"]]
+        place = {p: i for i, p in enumerate(order or [p for group in groups for p in group["params"]])}
+        pieces = [(bundle, i) for bundle in self.bundles for i in range(len(bundle.pieces))]
+        self.pieces = sorted(pieces, key=lambda piece: -min(place[p] for p in piece[0].members(piece[1])))
+        self.sent, self.complete, self.overlapping = 0, set(), False
+        if world > 1:
+            for p in place:
+                p.register_post_accumulate_grad_hook(self.arrive)
+
+    def passes(self, batches):
+        """Yield a step's micro-batches. Gradients leave as they become complete, while the last backward pass runs."""
+        batches = list(batches)
+        for i, batch in enumerate(batches, 1):
+            self.overlapping = self.world > 1 and i == len(batches)
+            yield batch
+
+    @torch.no_grad()
+    def arrive(self, param):
+        """A backward pass has added to a parameter's gradient."""
+        if self.overlapping:
+            self.complete.add(param)
+            self.send(lambda bundle, piece: self.complete.issuperset(bundle.members(piece)))
+
+    def send(self, ready):
+        """Send pieces in their order while they are ready."""
+        while self.sent < len(self.pieces) and ready(*self.pieces[self.sent]):
+            bundle, piece = self.pieces[self.sent]
+            bundle.send(piece)
+            self.sent += 1
 
     @torch.no_grad()
     def step(self, lr_scale=1.0):
@@ -158,10 +216,11 @@ class MuonAdamW:
         Where that is not finite, nothing moves, neither weights nor state, and the step does not count. All ranks
         call it; a bundle's communication overlaps the work on others.
         """
-        for bundle in self.bundles:
-            bundle.start()
+        self.send(lambda bundle, piece: True)
+        self.sent, self.overlapping = 0, False
+        self.complete.clear()
         total = sum(bundle.square() for bundle in self.bundles)
-        if self.bundles[0].world > 1:
+        if self.world > 1:
             dist.all_reduce(total)
         norm = total.sqrt().item()
         if not math.isfinite(norm):
@@ -184,8 +243,11 @@ class MuonAdamW:
         self.steps = shards[0]["steps"]
         for i, bundle in enumerate(self.bundles):
             for name, mine in bundle.state.items():
-                rows = torch.cat([s["bundles"][i][name] for s in shards])[: bundle.count]
-                rows = rows[bundle.rank * bundle.per : (bundle.rank + 1) * bundle.per]
+                parts, start = [s["bundles"][i][name] for s in shards], bundle.rank * bundle.per
+                if bundle.matrices:
+                    rows = torch.stack(parts, dim=1).flatten(0, 1)[: bundle.count][bundle.rank :: bundle.world]
+                else:
+                    rows = torch.cat(parts)[: bundle.count][start : start + bundle.per]
                 mine.zero_()
                 mine[: len(rows)] = rows.to(mine.device)
 
@@ -196,6 +258,9 @@ def build(model, lr_matrix, lr_embed, lr_unembed, weight_decay=0.0, momentum=0.9
     AdamW's rates were found at width 768 and scale with 1/sqrt(width); Muon's needs no such scaling.
     """
     scale = (model.cfg.width / 768) ** -0.5
+    order = [model.embed.weight]
+    for i, block in enumerate(model.blocks):
+        order += [*(model.values[str(i)].parameters() if str(i) in model.values else ()), *block.parameters()]
     inner = dict(model.blocks.named_parameters())
     gates = [p for name, p in inner.items() if "gate" in name]
     matrices = [p for name, p in inner.items() if "gate" not in name]
@@ -209,4 +274,4 @@ def build(model, lr_matrix, lr_embed, lr_unembed, weight_decay=0.0, momentum=0.9
         {**adam, "params": gates, "lr": lr_matrix},
         {**muon, "params": matrices, "lr": lr_matrix, "weight_decay": weight_decay},
     ]
-    return MuonAdamW(groups, rank, world)
+    return MuonAdamW(groups, rank, world, [*order, model.unembed.weight])

@@ -385,7 +385,7 @@ def main(argv):
             times.append(time.time())
         totals = {}
         for _ in range(cfg.updates):
-            for rows in batches(units, cfg.micro_rows):
+            for rows in optimizer.passes(batches(units, cfg.micro_rows)):
                 ids, targets = rows_of(rows, machine.device)
                 loss, figures = loss_of(model(ids, targets), targets, rows, cfg)
                 (loss / count).backward()

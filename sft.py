@@ -139,7 +139,7 @@ def main(argv):
         ids, targets = batch(train, cfg.batch_rows, T, cfg.seed, step, machine.rank, machine.world)
         count = machine.sum(int((targets >= 0).sum()))
         nats = torch.zeros((), device=machine.device)
-        for x, y in zip(ids.split(cfg.micro_rows), targets.split(cfg.micro_rows)):
+        for x, y in optimizer.passes(zip(ids.split(cfg.micro_rows), targets.split(cfg.micro_rows))):
             loss = run(x.to(machine.device), y.to(machine.device)).sum()
             (loss / max(1, count)).backward()
             nats += loss.detach()

@@ -823,6 +823,20 @@ def test_table_adds_up(shape):
         assert step in text
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [1, 100, 128, 512])
+def test_flex_attention_sees_the_window(window, monkeypatch):
+    """What trains windows on a GPU, here without its compiler: the forward pass equals the one of this machine."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(gpt, "FLEX", None)
+    rng = torch.Generator().manual_seed(5)
+    q, k, v = torch.randn(3, 2, 3, 512, 32, generator=rng)
+    mask = gpt.band.__wrapped__(512, window, torch.device("cpu"))
+    y = gpt.FLEX(q, k, v, block_mask=mask)
+    want = gpt.BlockAttention.apply(*(t.flatten(0, 1) for t in (q, k, v)), window).view_as(q)
+    assert (y - want).abs().max() < 1e-5 and (mask.sparsity() > 50) == (window < 512)  # blocks are skipped
+
+
 def test_nothing_is_compiled_again_after_the_second_step(monkeypatch):
     """Also with an uneven last micro-batch, and with sampling in between."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -991,13 +1005,16 @@ for step in range(6):
         optimizer = make()
         optimizer.load(shards)
     torch.manual_seed(step)
-    for p in vectors + matrices:
-        p.grad = torch.randn(p.shape)  # the sum over ranks has to be this
-        if machine.world > 1:
-            parts = torch.randn(machine.world, *p.shape)
-            p.grad = parts[machine.rank] if machine.rank else p.grad - parts[1:].sum(0)
-        else:
-            torch.randn(WORLD, *p.shape)
+    params = vectors + matrices
+    totals = [torch.randn(p.shape) for p in params]  # what the sum over ranks has to be
+    parts = [torch.randn(WORLD, *p.shape) for p in params]
+    for t, part in zip(totals, parts):
+        part[1] *= step != 4  # a rank without rows, which runs no backward pass
+        part[0] = t - part[1:].sum(0)
+    mine = totals if machine.world == 1 else [part[machine.rank] for part in parts]
+    chosen = [(p, g) for p, g in zip(params, mine) if machine.world == 1 or g.any()]
+    for share in optimizer.passes([0.3, 0.7] if chosen else []):  # unlike ranks, unlike orders of arrival
+        sum((p * g).sum() * share for p, g in (chosen if machine.rank else chosen[::-1])).backward()
     optimizer.step()
 torch.save([p.data for p in vectors + matrices], sys.argv[1] + str(machine.rank))
 """
@@ -1016,6 +1033,41 @@ def test_sharded_optimizer_equals_one_process(world, tmp_path):
     for rank in range(world):
         for a, b in zip(want, torch.load(tmp_path / f"many{rank}")):
             assert (a - b).abs().max() < 1e-5
+
+
+OVERLAP = """
+import torch, torch.distributed as dist
+import optim
+from gpt import GPT, GPTConfig, start_machine
+machine = start_machine("cpu", threads=1)
+model = GPT(GPTConfig(vocab_size=64, seq_len=8, depth=4, width=64, heads=1, kv_heads=1)).init(1)
+optimizer = optim.build(model, 0.02, 0.3, 0.004, rank=machine.rank, world=machine.world)
+events, scatter = [], dist.reduce_scatter_tensor
+dist.reduce_scatter_tensor = lambda *args, **kw: (events.append("send"), scatter(*args, **kw))[1]
+for i, block in enumerate(model.blocks):
+    block.register_full_backward_pre_hook(lambda *_, i=i: events.append(f"block {i}"))
+x = torch.arange(16).view(2, 8)
+for _ in optimizer.passes(range(2)):
+    events.append("backward")
+    model(x, x).sum().backward()
+before = events[:]
+optimizer.step()
+if machine.first:
+    print(*before[before.index("backward", 1) :], len(events) - len(before), sep=",")
+"""
+
+
+def test_gradients_leave_while_the_backward_pass_runs(tmp_path):
+    script = tmp_path / "overlap.py"
+    script.write_text(OVERLAP)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    done = subprocess.run(launch, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-3000:]
+    *during, after = done.stdout.strip().split(",")
+    # of the last pass alone; each layer's gradients are sent before the layer below begins, and nothing is left to the end
+    assert during.index("send") == 1 and after == "0"
+    order = [event for event, _ in itertools.groupby(during)]
+    assert order == ["backward", "send", *itertools.chain(*([f"block {i}", "send"] for i in (3, 2, 1, 0)))]
 
 
 # -----------------------------------------------------------------------------
