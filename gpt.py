@@ -408,11 +408,15 @@ class KVCache:
         self.first = torch.arange(slots, device=device)
         self.rows = None
 
-    def update(self, layer, k, v, index):
-        """Store k, v (B, T, G, D) at positions index (B, T); return what can be attended to, (B, G, span, D) each."""
+    def place(self, index):
+        """Where positions index (B, T) lie in a layer's slots laid end to end, (B * T,)."""
+        slots = self.first[: len(index)] if self.rows is None else self.rows
+        return (slots[:, None] * self.length + index).flatten()
+
+    def update(self, layer, k, v, place):
+        """Store k, v (B, T, G, D) at `place` (B * T,); return what can be attended to, (B, G, span, D) each."""
         B, store = len(k), self.store[layer]
-        slots = self.first[:B] if self.rows is None else self.rows
-        store[slots[:, None], index] = torch.stack((k, v), dim=2).to(store.dtype)
+        store.flatten(0, 1).index_copy_(0, place, torch.stack((k, v), dim=2).flatten(0, 1).to(store.dtype))
         seen = store[:B, : self.span] if self.rows is None else store[self.rows, : self.span]  # (B, span, 2, G, D)
         return seen.permute(2, 0, 3, 1, 4).unbind()
 
@@ -436,18 +440,21 @@ class Attention(nn.Module):
         self.out = Linear(self.H * self.D, cfg.width)
         # value embeddings on every other layer, counted so that the last has one; 32 channels are enough for a gate to read
         self.gate = Linear(32, self.G) if (cfg.depth - 1 - layer) % 2 == 0 else None
+        self.joined = None
 
-    def forward(self, x, value, cos, sin, cache, index, masks):
-        """x (B, T, C); value (B, T, G*D) or None; index (B, T), the positions in the cache, or None without one; masks, by
+    def join(self):
+        """The weights of q, k and v as one matrix: they are three to the optimizer, and one product to the machine."""
+        return torch.cat((self.q.weight, self.k.weight, self.v.weight)) if self.joined is None else self.joined
+
+    def forward(self, x, value, cos, sin, cache, place, masks):
+        """x (B, T, C); value (B, T, G*D) or None; place (B * T,), where the cache stores, or None without one; masks, by
         window, what is added to a score, (T, T), or (B, 1, T, span) with a cache, or what else GPT.mask says."""
         B, T, C = x.shape
-        q = self.q(x).view(B, T, self.H, self.D)
-        k = self.k(x).view(B, T, self.G, self.D)
-        v = self.v(x).view(B, T, self.G, self.D)
+        qk, v = F.linear(x, self.join().to(x.dtype)).view(B, T, -1, self.D).split((self.H + self.G, self.G), 2)
         if value is not None:
             gate = torch.sigmoid(self.gate(x[..., :32])).unsqueeze(-1)  # (B, T, G, 1)
             v = torch.addcmul(v, gate, value.view(B, T, self.G, self.D), value=2)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        q, k = norm(rotate(qk, cos, sin)).split((self.H, self.G), 2)
         if cache is None and x.device.type == "cpu":
             k, v = (t.repeat_interleave(self.H // self.G, 2) if self.G < self.H else t for t in (k, v))
             q, k, v = (t.transpose(1, 2).reshape(B * self.H, T, self.D) for t in (q, k, v))
@@ -456,7 +463,7 @@ class Attention(nn.Module):
         if cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, T, D)
         else:
-            k, v = cache.update(self.layer, k, v, index)  # (B, G, span, D)
+            k, v = cache.update(self.layer, k, v, place)  # (B, G, span, D)
         mask = masks[self.window]
         k, v = (t.repeat_interleave(self.H // self.G, 1) if self.G < self.H else t for t in (k, v))
         if mask is None or isinstance(mask, torch.Tensor):
@@ -482,8 +489,8 @@ class Block(nn.Module):
         self.attention = Attention(cfg, layer)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, value, cos, sin, cache, index, masks):
-        x = x + self.attention(norm(x), value, cos, sin, cache, index, masks)
+    def forward(self, x, value, cos, sin, cache, place, masks):
+        x = x + self.attention(norm(x), value, cos, sin, cache, place, masks)
         return x + self.mlp(norm(x))
 
 
@@ -526,6 +533,13 @@ class GPT(nn.Module):
             p.copy_(w)
         return self
 
+    def for_reading(self):
+        """A copy that nobody trains, its weights in the activations' precision and joined: nothing is left to do at each step."""
+        reader = copy.deepcopy(self).to(self.dtype).requires_grad_(False)
+        for block in reader.blocks:
+            block.attention.joined = block.attention.join()
+        return reader
+
     def rotary(self, device):
         """cos and sin of position times frequency as `rotate` wants them, (N, D) each, in the activations' precision."""
         if self.angles is None or self.angles[0].device != device:
@@ -551,17 +565,18 @@ class GPT(nn.Module):
         """
         T = ids.size(1)
         cos, sin = self.rotary(ids.device)
-        index = None
+        index = place = None
         if cache is None:
             cos, sin = cos[None, :T, None], sin[None, :T, None]  # (1, T, 1, D)
         else:
             index = pos[:, None] + torch.arange(T, device=ids.device)  # (B, T)
+            place = cache.place(index)
             cos, sin = cos[index][:, :, None], sin[index][:, :, None]  # (B, T, 1, D)
         masks = {window: self.mask(window, T, cache, index) for window in self.windows}
         x = norm(self.embed(ids).to(self.dtype))  # (B, T, C)
         for i, block in enumerate(self.blocks):
             value = self.values[str(i)](ids).to(self.dtype) if str(i) in self.values else None  # (B, T, G*D)
-            x = block(x, value, cos, sin, cache, index, masks)
+            x = block(x, value, cos, sin, cache, place, masks)
         if fill:
             return None
         x = norm(x)

@@ -22,7 +22,6 @@ Left out: paging of the cache (a slot holds a whole context; at these sizes memo
 
 import ast
 import codecs
-import copy
 import math
 import operator
 import warnings
@@ -218,9 +217,7 @@ class Engine:
         if self.version != (id(self.model), weight._version):  # it counts changes in place
             # the model was trained on: what it read before is worth nothing
             self.held, self.version = [[] for _ in range(self.slots)], (id(self.model), weight._version)
-            # weights in the precision of the products, converted here and not at each step
-            same = weight.dtype == self.model.dtype
-            self.reader = self.model if same else copy.deepcopy(self.model).to(self.model.dtype)
+            self.reader = self.model.for_reading()
         while self.waiting and len(self.running) < self.slots:
             prompt, n = self.waiting[0].prompt[:-1], len(self.running)
             alike = [common(prompt, self.running[i].prompt if i < n else self.held[i]) for i in range(self.slots)]

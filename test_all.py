@@ -1836,14 +1836,15 @@ def test_engine_equals_uncached(chatty, tokenizer):
 
 def tokens_filled(engine):
     """A list that grows by the size of each forward that reads prompts."""
-    filled, forward = [], engine.model.forward
+    engine.admit()
+    filled, forward = [], engine.reader.forward
 
     def counted(ids, *args, fill=False, **kwargs):
         if fill:
             filled.append(ids.numel())
         return forward(ids, *args, fill=fill, **kwargs)
 
-    engine.model.forward = counted
+    engine.reader.forward = counted
     return filled
 
 
@@ -1851,23 +1852,20 @@ def test_engine_reads_a_common_beginning_once(chatty, tokenizer):
     rng = torch.Generator().manual_seed(5)
     first, second, other = (torch.randint(600, (n,), generator=rng).tolist() for n in (60, 50, 40))
     engine, params = Engine(chatty, tokenizer, 3), Params(max_tokens=8, tools=False)
-    try:
-        filled = tokens_filled(engine)
-        request = engine.generate([first], params)[0]
-        assert sum(filled) == 59
-        engine.generate([other, second], params)  # do not cost the first its place
-        filled.clear()
-        turn = engine.generate([first + request.ids + [7, 8, 9]], params)[0]  # a chat's second turn
-        assert sum(filled) <= 4
-        filled.clear()
-        fork = engine.generate([first[:30] + other], params)[0]  # goes on differently
-        assert sum(filled) <= 40
-        filled.clear()
-        fresh = torch.randint(600, (64,), generator=rng).tolist()
-        alike = engine.generate([fresh, fresh, fresh[:50] + [1, 2]], params)  # at the same time
-        assert sum(filled) <= 66
-    finally:
-        del chatty.forward
+    filled = tokens_filled(engine)
+    request = engine.generate([first], params)[0]
+    assert sum(filled) == 59
+    engine.generate([other, second], params)  # do not cost the first its place
+    filled.clear()
+    turn = engine.generate([first + request.ids + [7, 8, 9]], params)[0]  # a chat's second turn
+    assert sum(filled) <= 4
+    filled.clear()
+    fork = engine.generate([first[:30] + other], params)[0]  # goes on differently
+    assert sum(filled) <= 40
+    filled.clear()
+    fresh = torch.randint(600, (64,), generator=rng).tolist()
+    alike = engine.generate([fresh, fresh, fresh[:50] + [1, 2]], params)  # at the same time
+    assert sum(filled) <= 66
     for request in (request, turn, fork, *alike):
         assert request.ids == uncached(chatty, request)
 
@@ -1903,21 +1901,18 @@ def test_engine_reads_long_prompts_between_the_steps_of_others(chatty, tokenizer
     engine.chunk, length = 128, engine.cache.length
     short, long = engine.submit([3, 4, 5], Params(max_tokens=40, tools=False)), []
     engine.step()
-    try:
-        filled = tokens_filled(engine)
-        for batch in ((1, 1), (3,), (40, 5, 9)):
-            long += [engine.submit(torch.randint(600, (length - left,), generator=rng).tolist(), Params(tools=False)) for left in batch]
-            before = len(short.ids)
-            engine.step()
-            assert len(short.ids) == before + 1  # never kept waiting
-            if batch == (1, 1):
-                engine.cancel(long.pop())  # the next one to read has far to go, and the one before little
-        assert max(filled) == 128
-        while not all(r.finish for r in (short, *long)):
-            engine.step()
-        assert max(filled) <= 128
-    finally:
-        del chatty.forward
+    filled = tokens_filled(engine)
+    for batch in ((1, 1), (3,), (40, 5, 9)):
+        long += [engine.submit(torch.randint(600, (length - left,), generator=rng).tolist(), Params(tools=False)) for left in batch]
+        before = len(short.ids)
+        engine.step()
+        assert len(short.ids) == before + 1  # never kept waiting
+        if batch == (1, 1):
+            engine.cancel(long.pop())  # the next one to read has far to go, and the one before little
+    assert max(filled) == 128
+    while not all(r.finish for r in (short, *long)):
+        engine.step()
+    assert max(filled) <= 128
     for request in (short, *long):
         assert request.ids == uncached(chatty, request)
 
@@ -3689,8 +3684,11 @@ def bench_decode():
             prompts = [[rng.randrange(4096) for _ in range(n)] for n in steps]
         params = [Params(max_tokens=100, temperature=1.0, seed=i) for i in range(concurrent)]
 
-        def generate():  # a new engine each time, or prompts would be known already
-            return Engine(model, tokenizer, concurrent).generate(prompts, params)
+        engine = Engine(model, tokenizer, concurrent)
+
+        def generate():
+            engine.held = [[] for _ in range(concurrent)]  # or the prompts would be known already
+            return engine.generate(prompts, params)
 
         count = sum(len(r.ids) for r in generate())  # chance is keyed: every run gives the same tokens
         what = f"of {low} tokens" if low == high else f"of {low} to {high} tokens, all different"
