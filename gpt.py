@@ -597,7 +597,7 @@ class GPT(nn.Module):
         i = torch.arange(T if cache is None else cache.span, device=device)
         at = i[:, None] if cache is None else index[:, None, :, None]  # the query's position
         seen = (i <= at) & (i > at - window) if window < len(i) else i <= at
-        return torch.zeros((), device=device, dtype=self.dtype).where(seen, -math.inf)
+        return torch.zeros(seen.shape, device=device, dtype=self.dtype).masked_fill_(~seen, -math.inf)
 
     def sizes(self):
         """Parameters by role, and floating-point operations per trained token, forward and backward."""

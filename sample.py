@@ -142,6 +142,23 @@ def likeliest(logprobs, count):
     return [list(zip(*row)) for row in zip(ids.tolist(), values.tolist())]
 
 
+def record(run):
+    """Record the CUDA kernels that run() starts. Returns a function that starts them all at once, and where run's result is.
+
+    A decoding step is hundreds of kernels of a few microseconds: starting each by itself would take longer than they do.
+    """
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(2):  # libraries get their workspaces before the recording
+            run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph.replay, result
+
+
 class Engine:
     """Continuous batching over the slots of one cache.
 
@@ -157,6 +174,7 @@ class Engine:
         self.held = [[] for _ in range(slots)]  # what each slot that does not run has read, for prompts that begin so
         self.used, self.clock, self.version = [0] * slots, 0, None  # when each slot was last given away
         self.reused = 0  # tokens of prompts that needed no reading
+        self.records, self.recording = {}, self.device.type == "cuda"  # of decoding steps, by their shape
         self.chunk = CHUNK * (8 if self.device.type == "cuda" else 1)
         names = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
         self.special = {name: tokenizer.special(f"<|{name}|>") for name in names}
@@ -217,7 +235,7 @@ class Engine:
         if self.version != (id(self.model), weight._version):  # it counts changes in place
             # the model was trained on: what it read before is worth nothing
             self.held, self.version = [[] for _ in range(self.slots)], (id(self.model), weight._version)
-            self.reader = self.model.for_reading()
+            self.reader, self.records = self.model.for_reading(), {}
         while self.waiting and len(self.running) < self.slots:
             prompt, n = self.waiting[0].prompt[:-1], len(self.running)
             alike = [common(prompt, self.running[i].prompt if i < n else self.held[i]) for i in range(self.slots)]
@@ -257,9 +275,7 @@ class Engine:
         """One forward for all running requests, then one token for each whose prompt is read; others read one more of it."""
         at = [r.read for r in self.running]
         last = [r.prompt[r.read] if r.read < len(r.prompt) else r.ids[r.read - len(r.prompt)] for r in self.running]
-        self.cache.rows, self.cache.span = None, max(at) + 1
-        pos = torch.tensor(at, device=self.device)
-        logits = self.reader(torch.tensor(last, device=self.device)[:, None], cache=self.cache, pos=pos)[:, -1]  # (B, V)
+        logits = self.read(last, at)  # (B, V)
         ready = [i for i, r in enumerate(self.running) if r.read == len(r.prompt) + len(r.ids) - 1]
         for request in self.running:
             request.read += 1
@@ -268,6 +284,29 @@ class Engine:
         picked = self.pick(logits, [r.params for r in requests], [at[i] for i in ready])
         for request, token, logprob, top in zip(requests, *picked):
             self.accept(request, token, logprob, top)
+
+    def read(self, last, at):
+        """Logits (B, V) after one more token for each running request: `last`, at positions `at`.
+
+        A recording has fixed shapes: rows come in powers of two, spans in steps of 256. Rows that are there only for
+        this write to the last position of their slot, which never holds anything: the last token is not read.
+        """
+        rows, span = len(at), max(at) + 1
+        if self.recording:
+            rows, span = min(self.slots, 2 ** (rows - 1).bit_length()), min(self.cache.length, -(-span // 256) * 256)
+        idle = rows - len(at)
+        ids = torch.tensor(last + [0] * idle, device=self.device)[:, None]
+        pos = torch.tensor(at + [self.cache.length - 1] * idle, device=self.device)
+        self.cache.rows, self.cache.span = None, span
+        if not self.recording:
+            return self.reader(ids, cache=self.cache, pos=pos)[:, -1]
+        if (rows, span) not in self.records:
+            inputs = torch.zeros_like(ids), torch.full_like(pos, self.cache.length - 1)
+            self.records[rows, span] = *inputs, *record(lambda: self.reader(inputs[0], cache=self.cache, pos=inputs[1])[:, -1])
+        static_ids, static_pos, replay, logits = self.records[rows, span]
+        static_ids.copy_(ids), static_pos.copy_(pos)
+        replay()
+        return logits[: len(at)]
 
     def pick(self, logits, params, at):
         """For each row of logits (B, V), at position `at`: a token, its log-probability, and the likeliest, as many as asked for."""

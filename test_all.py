@@ -52,6 +52,7 @@ import data
 import evals
 import gpt
 import optim
+import sample
 import serve
 import tok
 from data import SPECIALS
@@ -1894,6 +1895,39 @@ def test_engine_converts_the_weights_of_a_model_in_training(tokenizer):
             for p in model.parameters():
                 p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
             assert not torch.equal(engine.reader(ids), model(ids))
+
+
+def test_recorded_steps_give_the_same_tokens(chatty, tokenizer, monkeypatch):
+    """What CUDA graphs demand, here with a recording that only repeats the call: inputs and results that stay in place,
+    few shapes, idle rows that harm nobody's cache, and nothing of old weights."""
+    shapes, model = [], copy.deepcopy(chatty)
+
+    def record(run):
+        shapes.append((engine.cache.span, len(run())))
+        result = run()
+        return lambda: result.copy_(run()), result
+
+    monkeypatch.setattr(sample, "record", record)
+    rng = random.Random(3)
+    prompts = [[rng.randrange(600) for _ in range(n)] for n in (50, 40, 30, 20, 15, 25, 35)]
+    engine, params = Engine(model, tokenizer, 4), Params(max_tokens=12, tools=False)
+    engine.recording = True
+    for _ in range(2):
+        requests = engine.generate(prompts[:4], params)
+        requests += [engine.submit(p, params) for p in prompts[4:]]  # three run, and beside them lies an idle slot
+        for _ in range(4):
+            engine.step()
+        kept = next(r.prompt for r in requests if r.prompt + r.ids[:-1] == engine.held[3])
+        requests.append(engine.generate([kept + [1, 2, 3]], params)[0])
+        assert engine.reused >= len(kept) and all(r.finish for r in requests)
+        for request in requests:
+            assert request.ids == uncached(model, request)
+        assert len(shapes) == len(set(shapes)) and {rows for _, rows in shapes} <= {1, 2, 4}
+        shapes.clear()
+        engine.reused = 0
+        with torch.no_grad():
+            model.unembed.weight.add_(0.05 * torch.randn(model.unembed.weight.shape, generator=torch.Generator().manual_seed(1)))
+            model.embed.weight.mul_(1)  # what tells the engine
 
 
 def test_engine_reads_long_prompts_between_the_steps_of_others(chatty, tokenizer):
