@@ -70,7 +70,7 @@ all)
         n=0
         run pretrain.py --out="$OUT" --depth=3 --seq_len=256 --batch_tokens=4096 --steps=300
     elif [ "$n" = 0 ]; then
-        run pretrain.py --out="$OUT" --data="$DATA" --val_data="$VAL" --depth=4 --vocab_size=4096 --steps=1000
+        run pretrain.py --out="$OUT" --data="$DATA" --val_data="$VAL" --depth=4 --vocab_size=4096 --steps=1000 --compile=1
     else
         run pretrain.py --out="$OUT" --data="$DATA" --val_data="$VAL" --depth=12 --seq_len=1024 --vocab_size=32768 --window_pattern=SSSL --compile=1
     fi
