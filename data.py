@@ -1323,8 +1323,8 @@ def split_pairs(pairs):
     return [p for p, h in zip(pairs, held) if not h], [p for p, h in zip(pairs, held) if h]
 
 
-def chat_set(chats, tokenizer, T):
-    """Conversations as a TokenSet whose rows hold whole ones.
+def chat_set(chats, tokenizer, T, everything=False):
+    """Conversations as a TokenSet whose rows hold whole ones; of them what the assistant says is supervised, or everything.
 
     A conversation longer than a row loses its oldest exchanges, never its system message; if its last exchange alone
     is too long, that one's start is lost, so that every row keeps something supervised.
@@ -1339,7 +1339,7 @@ def chat_set(chats, tokenizer, T):
         if len(tokens) > T + 1:
             tokens, mask = [bos, *tokens[-T:]], [False, *mask[-T:]]
         ids.append(np.array(tokens, np.uint16))
-        masks.append(np.array(mask, bool))
+        masks.append(np.array(mask, bool) | everything)
     return TokenSet([np.concatenate(ids)], bos, [np.concatenate(masks)], cut=False)
 
 

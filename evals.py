@@ -430,7 +430,7 @@ CURVES = {  # what is drawn, of each stage, and in which words
     "rejected_logprob": "log-probability of the rejected answers",
     "tokens_per_second": "tokens a second",
 }
-STAGES = {"base": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
+STAGES = {"base": "Pretraining", "mid": "Mid-training", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
 
 
 def page(out, report):
@@ -501,7 +501,7 @@ summary {{ cursor: pointer; margin: .4rem 0; }}
 @dataclass
 class Config:
     out: str = "out"  # folder of the run
-    stage: str = ""  # base, sft or rl; empty is the last there is
+    stage: str = ""  # base, mid, sft or rl; empty is the last there is
     tasks: str = DEMO  # names with commas between
     files: str = ""  # folder of the public tasks' own files, such as gsm8k_test.jsonl
     count: int = -1  # items a task, 0 is all; -1 is 500, and all of CORE
@@ -527,7 +527,7 @@ def main(argv):
         write_whole(Path(cfg.out) / "report.html", page(cfg.out, json.loads(path.read_text())))
         return
     names = task_names(cfg.tasks)
-    stage = cfg.stage or next((s for s in ("rl", "sft", "base") if latest(f"{cfg.out}/{s}")), "base")
+    stage = cfg.stage or next((s for s in ("rl", "sft", "mid", "base") if latest(f"{cfg.out}/{s}")), "base")
     tokenizer, hash = load_tokenizer(cfg.out)
     model, state = load_model(f"{cfg.out}/{stage}", machine, hash)
     if cfg.text:

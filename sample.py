@@ -1,7 +1,7 @@
 """
 The inference engine: many requests at once, with a cache and a calculator; and a chat in the terminal.
 
-    python sample.py                                   # chat with the last stage in out/ (rl, sft, base)
+    python sample.py                                   # chat with the last stage in out/ (rl, sft, mid, base)
     python sample.py -p "What is the capital of Peru?" # answer once
     python sample.py --stage=base -p "Once upon a time" --temperature=0.8
 
@@ -409,7 +409,7 @@ class Stream:
 @dataclass
 class Config:
     out: str = "out"  # folder of the run
-    stage: str = ""  # base, sft or rl; empty is the last there is
+    stage: str = ""  # base, mid, sft or rl; empty is the last there is
     prompt: str = ""  # answer this and end (also: -p "...")
     system: str = ""  # a system message
     temperature: float = 0.6  # 0 is greedy
@@ -426,7 +426,7 @@ def load_engine(cfg, machine, slots):
     tokenizer, hash = load_tokenizer(cfg.out)
     if cfg.dtype == "auto" and machine.device.type == "cpu":
         machine = replace(machine, dtype=torch.float32)  # for a few rows, a product in bf16 takes longer to begin than one in fp32 in all
-    stage = cfg.stage or next((s for s in ("rl", "sft", "base") if latest(f"{cfg.out}/{s}")), "base")
+    stage = cfg.stage or next((s for s in ("rl", "sft", "mid", "base") if latest(f"{cfg.out}/{s}")), "base")
     model, _ = load_model(f"{cfg.out}/{stage}", machine, hash)
     return Engine(model.to(machine.dtype).eval(), tokenizer, slots), stage
 

@@ -79,7 +79,7 @@ from sample import Params, Request, Stream, load_engine
 class Config:
     # what is served
     out: str = "out"  # folder of the run
-    stage: str = ""  # base, sft or rl; empty is the last there is
+    stage: str = ""  # base, mid, sft or rl; empty is the last there is
     # where
     host: str = "127.0.0.1"  # 0.0.0.0 lets the whole network in
     port: int = 8000  # 0 takes any free one

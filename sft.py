@@ -7,23 +7,28 @@ Supervised fine-tuning: from a model that continues text to one that answers, us
     python sft.py --data=FILE.jsonl                           # your own conversations beside the demo's (--chats=0: alone)
     python sft.py --mix=FOLDER --chats=0 --steps=3000         # public conversations, as `data.py download` brings them
     python sft.py --data=gsm8k_train.jsonl --chats=0 --tasks=gsm8k --files=DIR
+    python sft.py --stage=mid --mix=FOLDER --steps=1000       # before it, if it pays: texts and conversations mixed
 
 Own conversations are .jsonl: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]} a line.
 
 Writes out/sft/step_NNNNNN. It is pretraining with two differences: rows hold whole conversations, and only
 what the assistant says is supervised (the calculator's output is not: the model reads it, it never writes it).
+Mid-training is between the two: rows of the base's own text among rows of conversations, and every token supervised.
+It writes out/mid, from which fine-tuning then starts.
 Killed at any moment, the same command goes on, as in pretraining.
 """
 
 import dataclasses
+import json
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
-from data import DEMO, adopt_tokenizer, batch, chat_set, conversations, load_tokenizer, mixture, read_conversations
-from data import render, task_names
+from data import DEMO, adopt_tokenizer, batch, chat_set, conversations, load_tokenizer, mixture, prepare
+from data import read_conversations, render, task_names
 from evals import record, run_tasks, task_figures
 from gpt import Patience, command, compile_model, find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, parent_hash, save_checkpoint, start_machine, trim_metrics
@@ -38,13 +43,15 @@ class Config:
     # where things are
     out: str = "out"  # folder of the run
     from_: str = ""  # take tokenizer and earlier stages from another run's folder
-    init: str = "base"  # the stage to start from
+    stage: str = "sft"  # sft; mid is what may come before it
+    init: str = ""  # the stage to start from; empty is mid where there is one, else base
     fresh: bool = False  # start this stage over; to go on later, leave it out
     # data
     chats: int = 16000  # conversations of the demo world; 0 is none
     data: str = ""  # conversations of your own: .jsonl files or folders of them, with commas between
     mix: str = ""  # folder of downloaded conversations, mixed by the shares of MIXTURE in data.py
     mix_count: int = 100000  # conversations of that mixture
+    text: float = 0.5  # mid: share of the rows that are the text which the base was trained on
     # optimisation
     steps: int = 240  # updates; suits the demo, and the first lines printed say how many epochs it is
     batch_rows: int = 16  # rows of an update, over all ranks
@@ -87,10 +94,13 @@ def main(argv):
         chats += mixture(cfg.mix, cfg.mix_count, cfg.seed)
     if cfg.chats + len(chats) == 0:
         raise SystemExit("there is nothing to learn from: name conversations with --data=FILE.jsonl, or leave --chats as it is")
+    if cfg.stage not in ("sft", "mid") or not 0 <= cfg.text < 1:
+        raise SystemExit(f"--stage is sft or mid, and --text a share from 0 to below 1; got {cfg.stage!r} and {cfg.text}")
     machine = start_machine(cfg.device, cfg.dtype, cfg.threads, cfg.deterministic)
     lock_folder(cfg.out, machine)
-    folder = f"{cfg.out}/sft"
-    here = cfg.init != "sft" and latest(f"{cfg.out}/{cfg.init}")  # a stage of this run's own comes first
+    folder, between = f"{cfg.out}/{cfg.stage}", [home for home in (cfg.out, cfg.from_) if home and latest(f"{home}/mid")]
+    cfg.init = cfg.init or ("mid" if between and cfg.stage == "sft" else "base")
+    here = cfg.init != cfg.stage and latest(f"{cfg.out}/{cfg.init}")  # a stage of this run's own comes first
     home = cfg.out if here or not cfg.from_ else cfg.from_
     adopt_tokenizer(cfg, machine)
     tokenizer, hash = load_tokenizer(cfg.out)
@@ -106,14 +116,21 @@ def main(argv):
         return machine.print(f"{found} is complete")
     if found:
         load_optimizer(found, optimizer)
-    trim_metrics(cfg.out, "sft", start, machine)
+    trim_metrics(cfg.out, cfg.stage, start, machine)
     run = compile_model(model, machine) if cfg.compile else model
     chats += conversations(cfg.seed, cfg.chats)
-    train = chat_set(chats, tokenizer, T)
+    train = chat_set(chats, tokenizer, T, everything=cfg.stage == "mid")
+    sources = [(train, cfg.batch_rows)]  # and rows of a step
+    if cfg.stage == "mid" and (texts := round(cfg.text * cfg.batch_rows)):
+        read = json.loads((latest(f"{home}/{cfg.init}") / "state.json").read_text())["config"]
+        if "vocab_size" not in read:
+            raise SystemExit(f"{home}/{cfg.init} was not trained on text: name a base model with --init, or set --text=0")
+        sources = [(prepare(SimpleNamespace(**{**read, "out": home}), machine)[2], texts), (train, cfg.batch_rows - texts)]
     rows = train.rows(T, cfg.seed)
-    machine.print(f"fine-tuning: {len(chats):,} conversations in {rows:,} rows of {T} tokens, {machine.describe()}")
-    epochs = cfg.steps * cfg.batch_rows / rows
-    machine.print(f"  {cfg.steps} steps of {cfg.batch_rows} rows ({epochs:.1f} epochs), " + (f"going on from step {start}" if found else f"from {home}/{cfg.init}"))
+    machine.print(f"{'fine-tuning' if cfg.stage == 'sft' else 'mid-training'}: {len(chats):,} conversations in {rows:,} rows of {T} tokens, {machine.describe()}")
+    epochs = cfg.steps * sources[-1][1] / rows
+    mixed = f", {sources[0][1]} of them text" * (len(sources) - 1)
+    machine.print(f"  {cfg.steps} steps of {cfg.batch_rows} rows{mixed} ({epochs:.1f} epochs), " + (f"going on from step {start}" if found else f"from {home}/{cfg.init}"))
 
     clock, seconds = time.time() - (state["seconds"] if found else 0), []
     patience = Patience()
@@ -123,20 +140,21 @@ def main(argv):
             results = run_tasks(model, tokenizer, machine, names, cfg.final_count if last else cfg.eval_count, cfg.files)
             figures = task_figures(results)
             machine.print(f"step {step:5}  held-out: " + "  ".join(f"{name} {r[0]:.1%}" for name, r in results.items()))
-            log_metrics(cfg.out, machine, stage="sft", step=step, seconds=time.time() - clock, **figures)
+            log_metrics(cfg.out, machine, stage=cfg.stage, step=step, seconds=time.time() - clock, **figures)
         if machine.first and (last or step % cfg.sample_every == 0):
             show_samples(model, tokenizer, cfg)
         if last:
-            record(cfg.out, machine, "sft", figures, time.time() - clock, {name: r[2] for name, r in results.items()})
+            record(cfg.out, machine, cfg.stage, figures, time.time() - clock, {name: r[2] for name, r in results.items()})
         if step > start and (last or step % cfg.save_every == 0 or step == start + cfg.stop_after):
-            state = {"stage": "sft", "config": dataclasses.asdict(cfg), "tokenizer": hash, "seconds": time.time() - clock, "parent": parent}
+            state = {"stage": cfg.stage, "config": dataclasses.asdict(cfg), "tokenizer": hash, "seconds": time.time() - clock, "parent": parent}
             save_checkpoint(folder, step, model, optimizer, machine, state, cfg.keep)
         if last or (cfg.stop_after and step == start + cfg.stop_after):
             break
 
         # ---------------- training ----------------
         t0 = time.time()
-        ids, targets = batch(train, cfg.batch_rows, T, cfg.seed, step, machine.rank, machine.world)
+        shares = [batch(source, count, T, cfg.seed, step, machine.rank, machine.world) for source, count in sources]
+        ids, targets = map(torch.cat, zip(*shares))
         count = machine.sum(int((targets >= 0).sum()))
         nats = torch.zeros((), device=machine.device)
         for x, y in optimizer.passes(zip(ids.split(cfg.micro_rows), targets.split(cfg.micro_rows))):
@@ -154,7 +172,7 @@ def main(argv):
             speed, left = cfg.batch_rows * T / pace, pace * (cfg.steps - step - 1)
             rate = f"rate x{lr_scale(step, cfg):.2f}  {speed:,.0f} tokens/s"
             machine.print(f"step {step:5}/{cfg.steps}  loss {loss:.4f}  {rate}  {left / 60:.1f} min left")
-            log_metrics(cfg.out, machine, stage="sft", step=step, seconds=time.time() - clock, loss=loss, norm=norm, tokens_per_second=speed)
+            log_metrics(cfg.out, machine, stage=cfg.stage, step=step, seconds=time.time() - clock, loss=loss, norm=norm, tokens_per_second=speed)
     if machine.world > 1:
         dist.destroy_process_group()
 

@@ -41,6 +41,7 @@ import tracemalloc
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -2631,6 +2632,35 @@ def test_a_stage_takes_the_gradient_of_the_mean(name, micro_rows, tiny_run, tmp_
     assert abs(said[0] - loss.item()) < 1e-4 and said[1] == 0
     scales = [scale for scale, _ in updates]
     assert len(scales) == 4 and all(0 <= s <= 1 for s in scales) and scales[-1] < scales[0]
+
+
+def test_mid_training_mixes_text_and_conversations(tiny_run, tmp_path, monkeypatch, capsys):
+    """Rows of the base's own text, and conversations of which everything is supervised; fine-tuning then starts from it."""
+    import sft
+
+    steps = []
+    monkeypatch.setattr(sft, "batch", lambda source, *args: (steps.append((source, args[0])), data.batch(source, *args))[1])
+    sft.main([f"--out={tmp_path / 'a'}", f"--from={tiny_run}", *TINY_SFT, "--stage=mid", "--batch_rows=5"])
+    assert "5 rows, 2 of them text" in capsys.readouterr().out and {n for _, n in steps} == {2, 3}
+    (texts, _), (chats, _) = steps[:2]
+    _, hash, train, _ = data.prepare(pretrain_config(tiny_run), CPU)
+    assert [np.array_equal(a, b) for a, b in zip(texts.arrays, train.arrays)] == [True] * len(train.arrays)
+    assert chats.masks and all(mask.all() for mask in chats.masks)
+    assert gpt.load_model(tmp_path / "a" / "mid", CPU)[1]["stage"] == "mid" and not (tmp_path / "a" / "sft").exists()
+    assert "Mid-training" in (tmp_path / "a" / "report.html").read_text()
+    del steps[:]
+    knobs = [f"--from={tmp_path / 'a'}", *TINY_SFT]
+    sft.main([f"--out={tmp_path / 'b'}", *knobs])
+    assert f"from {tmp_path}/a/mid" in capsys.readouterr().out and {n for _, n in steps} == {4}
+    assert not all(mask.all() for mask in steps[0][0].masks)
+    for knob, message in (("--stage=end", "sft or mid"), ("--text=1", "share"), ("--init=mid", "not trained on text")):
+        with pytest.raises(SystemExit, match=message):
+            sft.main([*knobs, f"--out={tmp_path / 'c'}", "--stage=mid", knob])
+
+
+def pretrain_config(out):
+    """The knobs that the base in folder `out` was trained with."""
+    return SimpleNamespace(**json.loads((gpt.latest(out / "base") / "state.json").read_text())["config"])
 
 
 def test_weights_and_moments_are_fp32_in_a_bf16_run(tiny_run, tmp_path):
