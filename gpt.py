@@ -853,7 +853,7 @@ def log_metrics(out, machine, **entry):
 class Watch(torch.overrides.TorchFunctionMode):
     """Notes the steps of a forward pass as (module's name, operation, shape, parameters, FLOPs of all its tokens)."""
 
-    NAMES = {F.embedding: "look up", F.rms_norm: "RMSNorm", F.linear: "matrix", torch.cat: "rotate", torch.tanh: "soft cap"}
+    NAMES = {F.embedding: "look up", F.rms_norm: "RMSNorm", F.linear: "matrix", torch.Tensor.roll: "rotate", torch.tanh: "soft cap"}
     NAMES |= {F.scaled_dot_product_attention: "attend", F.relu: "ReLU", torch.sigmoid: "sigmoid", torch.Tensor.square: "square"}
 
     def __init__(self, model):
@@ -875,7 +875,8 @@ class Watch(torch.overrides.TorchFunctionMode):
                 B, H, T, D = out.shape
                 w = min(module.window, T)
                 flops = 4 * B * H * D * (T * w - w * (w - 1) // 2)  # q times k and scores times v, where the mask is open
-            self.steps.append((name, self.NAMES[func], tuple(out.shape), size, flops))
+            joined = "q, k, v " * (func is F.linear and isinstance(module, Attention))
+            self.steps.append((name, joined + self.NAMES[func], tuple(out.shape), size, flops))
         return out
 
 
