@@ -204,6 +204,7 @@ def text_field(item, where):
 
 HF, RAW = "https://huggingface.co/datasets/", "https://raw.githubusercontent.com/"
 CLIMBMIX = [f"{HF}OptimalScale/ClimbMix/resolve/main/part_{i}.jsonl" for i in range(100)]
+CLIMBMIX_TOKENS = 300e6  # in one shard of it, about: 100 slices of 16 MiB of JSON
 C4 = HF + "allenai/c4/resolve/main/en/c4-{}.{:05}-of-{:05}.json.gz"
 STORIES = HF + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
 GSM8K = RAW + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"

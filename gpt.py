@@ -119,6 +119,8 @@ def command(main):
     except BrokenPipeError:  # whoever read our output has left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"the GPU's memory is full ({str(error).splitlines()[0]}): a smaller --micro_rows computes the same in less")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
             raise
@@ -129,6 +131,10 @@ def command(main):
 
 # -----------------------------------------------------------------------------
 # Machine: device, precision, process group
+
+
+# published: dense bf16 in TFLOP/s, memory in GB
+CARDS = {"H100": (989, 80), "H200": (989, 141), "B200": (2250, 180), "A100": (312, 80), "L40S": (362, 48), "4090": (165, 24)}
 
 
 @dataclass
@@ -766,7 +772,7 @@ def load_optimizer(path, optimizer):
 
 
 # knobs that say where and how a run goes and what it shows; a run may go on with others (precision is noted below)
-FREE_KNOBS = {"out", "fresh", "device", "dtype", "threads", "compile", "deterministic", "micro_rows", "stop_after", "prompts"}
+FREE_KNOBS = {"out", "fresh", "device", "dtype", "threads", "compile", "deterministic", "micro_rows", "stop_after", "prompts", "hours", "plan"}
 FREE_KNOBS |= {"log_every", "eval_every", "eval_rows", "eval_count", "final_count", "sample_every", "save_every", "keep", "tasks", "files"}
 
 

@@ -12,15 +12,16 @@ starts: the schedule depends on it. `dial` below says what follows from --depth.
 """
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from data import SPECIALS, batch, prepare
+from data import CLIMBMIX_TOKENS, SPECIALS, batch, prepare
 from evals import bits_per_byte, record
-from gpt import GPT, GPTConfig, Patience, command, compile_model, find_resume, load_model, load_optimizer, lock_folder, log_metrics
+from gpt import CARDS, GPT, GPTConfig, Patience, command, compile_model, find_resume, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, save_checkpoint, start_machine, trim_metrics
 from optim import build
 from sample import Engine, Params
@@ -42,14 +43,17 @@ class Config:
     clean: bool = False  # drop training documents that RULES in data.py says are junk, duplicates or evaluation items
     evaluations: str = ""  # with --clean: files of evaluation items (.jsonl, .csv) or folders of them, with commas between
     # model
-    depth: int = 4  # the dial: width, heads, batch, rates and horizon follow
+    depth: int = 4  # the dial: width, heads, batch, rates and horizon follow; 0 is what these GPUs train in `hours`
+    hours: float = 2.5  # with --depth=0
+    plan: str = ""  # say what the run would take, and end: `here`, or on other cards, as 8xH100
     seq_len: int = 512  # context in tokens, T
     kv_heads: int = 0  # key/value heads; 0 is as many as heads, 1 is multi-query
     window_pattern: str = "L"  # one letter a layer, repeated: L sees all, S half; for example SSSL
     # optimisation; 0 (or -1 for weight decay) takes what the dial says
+    horizon: float = 16.0  # tokens to read for each weight that multiplies, where `steps` is not given
     steps: int = 0  # updates
     batch_tokens: int = 0  # tokens an update, over all ranks
-    micro_rows: int = 16  # rows of a forward pass; smaller needs less memory and computes the same
+    micro_rows: int = 0  # rows of a forward pass: smaller needs less memory and computes the same; 0 is 16, on a GPU what fits
     lr_matrix: float = 0.0  # Muon, matrices (and AdamW, gates)
     lr_embed: float = 0.0  # AdamW, embeddings; at width 768, others go with 1/sqrt(width)
     lr_unembed: float = 0.0  # AdamW, output layer; the same
@@ -78,18 +82,71 @@ class Config:
 def dial(cfg, model):
     """What follows from the depth, where the command line does not say otherwise.
 
-    Batch and horizon grow with the model: about 16 tokens for each weight that multiplies, in updates of
+    Batch and horizon grow with the model: `horizon` tokens for each weight that multiplies, in updates of
     16k tokens at depth 4 and 512k at depth 20. The rates were tried at depths 3 and 4; they should carry to others,
     since Muon's update does not depend on size and AdamW's rates go with 1/sqrt(width) (in optim.py).
     """
     sizes, _ = model.sizes()
     cfg.batch_tokens = cfg.batch_tokens or max(cfg.seq_len, 2 ** round(14 + 2.15 * torch.tensor(cfg.depth / 4).log2().item()))
-    cfg.steps = cfg.steps or max(1, 16 * (sizes["matrices"] + sizes["unembedding"]) // cfg.batch_tokens)
+    cfg.steps = cfg.steps or max(1, round(cfg.horizon * (sizes["matrices"] + sizes["unembedding"])) // cfg.batch_tokens)
     cfg.lr_matrix = cfg.lr_matrix or 0.04
     cfg.lr_embed = cfg.lr_embed or 0.5
     cfg.lr_unembed = cfg.lr_unembed or 0.008
     cfg.weight_decay = cfg.weight_decay if cfg.weight_decay >= 0 else 0.05
     return cfg
+
+
+MFU = 0.45  # share of a card's published peak that a run is expected to reach
+
+
+def shape_of(cfg, vocab_size):
+    return GPTConfig.from_depth(cfg.depth, vocab_size, cfg.seq_len, cfg.kv_heads, cfg.window_pattern)
+
+
+def estimate(cfg, cards):
+    """What a run of cfg takes on cards (how many, published FLOP/s of one, bytes of one), by arithmetic: a dict.
+
+    Bytes: 12 for each parameter (weight, gradient, direction), 8 more shared out between the ranks (moments), and for each
+    token of a micro-batch 20 numbers of the width a layer that the backward pass needs, and its logits, in bf16.
+    """
+    world, peak, memory = cards
+    with torch.device("meta"):
+        model = GPT(shape_of(cfg, cfg.vocab_size))
+    sizes, flops = model.sizes()
+    cfg = dial(dataclasses.replace(cfg), model)
+    token = 2 * (20 * cfg.depth * model.cfg.width + model.cfg.vocab_size) * (1 if cfg.compile else 2)
+    left = 0.9 * memory - 3 * 2**30 - sum(sizes.values()) * (12 + 8 / world)  # 3 GiB for kernels' workspaces and pieces of logits
+    rows = min(int(left / (token * cfg.seq_len)), cfg.batch_tokens // cfg.seq_len // world)
+    rows = 2 ** (rows.bit_length() - 1) if rows > 0 else 0
+    tokens = cfg.steps * cfg.batch_tokens
+    hours = flops * tokens / (world * peak * MFU) / 3600
+    return {"weights": sizes["matrices"] + sizes["unembedding"], "tokens": tokens, "flops": flops * tokens, "hours": hours, "rows": rows}
+
+
+def fit(cfg, machine):
+    """Choose what the machine decides: the depth where it is 0, and rows that fit. With --plan, say so and end."""
+    if machine.device.type == "cuda" and cfg.plan in ("", "here"):
+        card, count, memory = torch.cuda.get_device_name(), machine.world, torch.cuda.mem_get_info()[1]
+        count = torch.cuda.device_count() if cfg.plan else count
+    else:
+        count, _, card = cfg.plan.partition("x")
+        count, memory = int(count) if count.isdigit() else 0, None
+    peak, published = next(((1e12 * rate, 1e9 * size) for name, (rate, size) in CARDS.items() if name in card), (None, None))
+    memory = memory or published
+    if (cfg.plan or not cfg.depth) and not (peak and count > 0):
+        raise SystemExit(f"--depth=0 and --plan are for GPUs of known speed ({', '.join(CARDS)}): name a depth, or cards as in --plan=8xH100")
+    if not cfg.depth:
+        depths = [d for d in range(4, 42, 2) if (e := estimate(dataclasses.replace(cfg, depth=d), (count, peak, memory)))["rows"] and e["hours"] <= cfg.hours]
+        cfg.depth = max(depths, default=4)
+    if cfg.plan:
+        e = estimate(cfg, (count, peak, memory))
+        print(f"depth {cfg.depth}: {e['weights'] / 1e6:,.0f} million weights that multiply, {e['tokens'] / 1e9:.2f} billion tokens, {e['flops']:.1e} FLOPs")
+        print(f"on {count} x {card}: {e['hours']:.1f} hours, {count * e['hours']:.0f} GPU-hours; micro-batches of {e['rows']} rows")
+        print(f"computed, at {MFU:.0%} of the published peak; text: {math.ceil(e['tokens'] / CLIMBMIX_TOKENS)} shards")
+        raise SystemExit
+    if not cfg.micro_rows:
+        cuda = machine.device.type == "cuda"
+        cfg.micro_rows = max(1, estimate(cfg, (count, peak or 1, memory))["rows"]) if cuda else 16
 
 
 def lr_scale(step, cfg):
@@ -101,10 +158,10 @@ def lr_scale(step, cfg):
 def main(argv):
     cfg = override(Config(), argv, __doc__)
     machine = start_machine(cfg.device, cfg.dtype, cfg.threads, cfg.deterministic)
+    fit(cfg, machine)
     lock_folder(cfg.out, machine)
     tokenizer, hash, train, val = prepare(cfg, machine)
-    shape = GPTConfig.from_depth(cfg.depth, tokenizer.vocab_size, cfg.seq_len, cfg.kv_heads, cfg.window_pattern)
-    model = GPT(shape, machine.dtype)
+    model = GPT(shape_of(cfg, tokenizer.vocab_size), machine.dtype)
     cfg = dial(cfg, model)
     rows = cfg.batch_tokens // cfg.seq_len  # of an update, over all ranks
     if not rows:

@@ -2635,6 +2635,42 @@ def test_a_stage_takes_the_gradient_of_the_mean(name, micro_rows, tiny_run, tmp_
     assert len(scales) == 4 and all(0 <= s <= 1 for s in scales) and scales[-1] < scales[0]
 
 
+def test_a_plan_is_plain_arithmetic(capsys):
+    import pretrain
+
+    def plan(*knobs):
+        with pytest.raises(SystemExit) as end:
+            pretrain.main(["--seq_len=2048", "--vocab_size=32768", "--compile=1", "--horizon=8", *knobs])
+        assert end.value.code is None
+        words = capsys.readouterr().out.replace(",", "").split()
+        return int(words[1].rstrip(":")), float(words[words.index("hours") - 1]), int(words[words.index("rows") - 1])
+
+    cfg = pretrain.Config(depth=24, seq_len=2048, vocab_size=32768, compile=True, horizon=8.0)
+    weights = 24 * 12 * 1536**2 + 12 * 32 * 12 + 32768 * 1536  # matrices, gates (12 heads of 128), unembedding
+    a = pretrain.estimate(cfg, (8, 989e12, 80e9))
+    assert a["weights"] == weights and 0 <= 8 * weights - a["tokens"] < 2**20 and a["tokens"] % 2**20 == 0
+    reach = 12 * 1024.5 * 1536 * 24  # attention: a query sees half of the row
+    assert abs(a["flops"] / a["tokens"] / (6 * weights + reach) - 1) < 1e-6
+    assert abs(a["hours"] - a["flops"] / (8 * 989e12 * 0.45 * 3600)) < 1e-9
+    assert a["rows"] == 16 > pretrain.estimate(cfg, (8, 989e12, 48e9))["rows"] and pretrain.estimate(cfg, (1, 1e12, 1e9))["rows"] == 0
+    depth, hours, rows = plan("--depth=24", "--plan=8xH100")
+    assert (depth, rows) == (24, 16) and abs(hours - a["hours"]) < 0.05
+    depths = [plan("--depth=0", f"--plan={n}xH100", f"--hours={h}") for n, h in ((1, 0.5), (1, 2), (8, 2), (8, 20))]
+    assert [d for d, _, _ in depths] == sorted({d for d, _, _ in depths}) and all(h <= most for (_, h, _), most in zip(depths, (0.5, 2, 2, 20)))
+    assert plan("--depth=0", "--plan=1x4090", "--hours=9999")[0] < 40  # memory is a bound too
+    for knobs in (["--plan=8xpears"], ["--plan=0xH100"], ["--plan=H100"], ["--depth=0"] * (not torch.cuda.is_available())):
+        with pytest.raises(SystemExit, match="GPUs of known speed"):
+            pretrain.main(knobs or ["--plan=x"])
+
+
+def test_a_full_gpu_is_said_in_one_line():
+    def main(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more")
+
+    with pytest.raises(SystemExit, match=r"memory is full \(CUDA out of memory.*9 GiB\): a smaller --micro_rows"):
+        gpt.command(main)
+
+
 def test_mid_training_mixes_text_and_conversations(tiny_run, tmp_path, monkeypatch, capsys):
     """Rows of the base's own text, and conversations of which everything is supervised; fine-tuning then starts from it."""
     import sft
@@ -3684,9 +3720,6 @@ def bench_tok():
         print(f"1 MB of {name:15}{best(lambda: ours.encode(WORST[name])):7.3f} s")
 
 
-PEAKS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "4090": 165}  # published dense bf16, TFLOP/s
-
-
 def bench_train(depths=(4, 12, 20) if torch.cuda.is_available() else (2, 3, 4)):
     """Training steps as the stages take them: where the time goes, memory, and the share of plain matmul's rate.
 
@@ -3696,7 +3729,7 @@ def bench_train(depths=(4, 12, 20) if torch.cuda.is_available() else (2, 3, 4)):
     cuda = machine.device.type == "cuda"
     T, V, rows = (2048, 32768, 16) if cuda else (512, 4096, 16)
     name = torch.cuda.get_device_name() if cuda else f"{machine.threads} CPU threads"
-    peak = next((peak * 1e12 for key, peak in PEAKS.items() if key in name), None)
+    peak = next((peak * 1e12 for key, (peak, _) in gpt.CARDS.items() if key in name), None)
     print(f"{name}, {machine.dtype}, T {T}, {rows} rows a step")
     documents = np.concatenate([[V - 1, *range(n)] for n in np.random.default_rng(1).integers(50, 2000, 3000)])
     shards = data.TokenSet([documents], V - 1)
