@@ -8,7 +8,7 @@ tasks with their graders, and the demo world.
     python data.py download --shards=4 --out=text      # ClimbMix; then --data=text/train --val_data=text/val
     python data.py download --source=tinystories --out=stories
     python data.py download --source=core --out=files  # and mmlu, gsm8k, humaneval, slimorca, ultrachat, oasst2, dolly
-    python data.py prepare --data=text/train --val_data=text/val --clean=1 --evaluations=files/eval_bundle
+    python data.py prepare --data=text/train --val_data=text/val --clean=1 --near_duplicates=1 --evaluations=files/eval_bundle
     python data.py prepare --help                      # each of the four has knobs of its own
 
 Text is a file or folder of .txt, .jsonl or .json (field `text`), each also as .gz, or .parquet where pyarrow is
@@ -575,6 +575,7 @@ RULES = {
     "repetition": "more than 3 characters in 10 stand in lines it has already had, or its first 20,000 bytes pack to under a tenth",
     "duplicate": "the same text came before",
     "evaluation": "13 words in a row are those of an evaluation item",
+    "near": "with --near_duplicates: of its runs of 5 words and those of one of the million documents before it, 8 in 10 are common",
 }
 ALNUM = bytes(c for c in range(256) if c >= 128 or chr(c).isalnum())  # letters beyond ASCII are letters
 WORDS_ONLY = bytes(ord(chr(c).lower()) if c < 128 and chr(c).isalnum() else c if c >= 128 else 32 for c in range(256))
@@ -619,18 +620,81 @@ class Seen:
         return new
 
 
-def word_numbers(raw):
-    """A number for each word of UTF-8 bytes, whatever its case and what stands between. Equal within one process."""
-    words = raw.translate(WORDS_ONLY).split()
-    return np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
+def word_numbers(raws):
+    """(a number for each word, the index of its text), of UTF-8 texts, whatever a word's case and what stands between."""
+    words = [raw.translate(WORDS_ONLY).split() for raw in raws]
+    owner = np.repeat(np.arange(len(raws)), [len(w) for w in words])
+    return np.fromiter(map(zlib.crc32, itertools.chain(*words)), np.uint64, len(owner)), owner
 
 
-def runs_of_13(numbers):
-    """A number for each 13 numbers in a row."""
-    total = np.zeros(max(0, len(numbers) - 12), np.uint64)
-    for j in range(13 if len(total) else 0):
-        total = total * np.uint64(0x9E3779B97F4A7C15) + numbers[j : len(total) + j]
+MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits in no order: a product's high bits depend on all bits of the other factor
+
+
+def runs_of(count, numbers):
+    """A number for each `count` numbers in a row."""
+    total = np.zeros(max(0, len(numbers) - count + 1), np.uint64)
+    for j in range(count if len(total) else 0):
+        total = (total + numbers[j : len(total) + j]) * MIX
     return total ^ (total >> np.uint64(32))
+
+
+def sketch(runs, owner, count):
+    """MinHash of `count` sets of numbers, runs[i] of set owner[i]: (count, 128) uint8. Sets of Jaccard similarity J agree
+    in a share J of their places, give or take sqrt(J (1 - J) / 128); an empty set is like other empty ones.
+
+    Each number is hashed to one place in each turn, and a place keeps the least of the first turn that filled it: near
+    the cost of one hash a number, and as exact for few numbers as 128 hashes (Dahlgaard, Knudsen and Thorup 2017, arXiv
+    1704.04370). After 128 turns each serves one place alone. Of each least hash a byte stays (Li and König 2010).
+    """
+    least = np.full((count, 128), 2**64 - 1, np.uint64)
+    for turn in range(256):
+        hashes = (runs + np.uint64(turn)) * MIX
+        hashes = (hashes ^ (hashes >> np.uint64(31))) * MIX
+        place = (hashes >> np.uint64(57)).astype(np.int64) if turn < 128 else turn - 128
+        values = ((hashes ^ (hashes >> np.uint64(29))) & np.uint64(2**56 - 1)) | np.uint64(turn << 56)
+        np.minimum.at(least.ravel(), owner * 128 + place, values)
+        if not turn & (turn + 1):  # after 1, 2, 4, ... turns, for looking costs as well: go on with those that have room
+            room = (least == 2**64 - 1).any(1)[owner]
+            runs, owner = runs[room], owner[room]
+            if not len(runs):
+                break
+    return ((least ^ (least >> np.uint64(32))) * MIX >> np.uint64(56)).astype(np.uint8)
+
+
+class Recent:
+    """The sketches of the last WINDOW documents, in which near duplicates are found (Broder 1997, with bands).
+
+    A pair is compared where 8 places in a row agree, in any of 16 bands, and is one where ALIKE of 128 agree. So similarity
+    0.7 is found in 1 pair of 200, 0.8 in half, 0.85 in 93 of 100, 0.9 in 99.9 of 100. Per band a table holds the last document
+    of each of 2**21 slots; a pair a whole window apart has lost 4 in 10 of its common bands to later documents.
+    Takes 128 MiB of sketches and 128 MiB of tables at most: 256 bytes for each document that is remembered.
+    """
+
+    WINDOW, ALIKE, PART = 2**20, 103, 2**12
+
+    def __init__(self):
+        self.count, self.sketches = 0, np.zeros((self.WINDOW + self.PART, 128), np.uint8)
+        self.last = np.zeros((16, 2**21), np.uint32)  # numbers of documents, from 1; 0 is none
+
+    def add(self, sketches):
+        """Remember these; returns which of them are near duplicates of one before, however they are cut into calls."""
+        near = np.zeros(len(sketches), bool)
+        for first in range(0, len(sketches), self.PART):
+            part = sketches[first : first + self.PART]
+            number = self.count + 1 + np.arange(len(part))
+            self.count += len(part)
+            self.sketches[number % len(self.sketches)] = part
+            for last, slots in zip(self.last, (part.view(np.uint64) * MIX >> np.uint64(43)).T):
+                order = np.argsort(slots, kind="stable")
+                slots, mine = slots[order], number[order]
+                other = last[slots].astype(np.int64)
+                again = np.flatnonzero(slots[1:] == slots[:-1]) + 1
+                other[again] = mine[again - 1]
+                last[slots] = mine  # where a slot comes again, the last of them stays
+                met = np.flatnonzero((other > 0) & (mine - other <= self.WINDOW))
+                alike = (part[order[met]] == self.sketches[other[met] % len(self.sketches)]).sum(1) >= self.ALIKE
+                near[first + order[met[alike]]] = True
+        return near
 
 
 def evaluation_texts(paths):
@@ -656,29 +720,35 @@ class Cleaner:
     """Drops documents by RULES. `dropped` counts them and `examples` keeps three beginnings of each rule.
 
     evaluations  files whose items no document may hold, as of evaluation_texts
+    near         whether near duplicates go too
     """
 
-    def __init__(self, evaluations=""):
+    def __init__(self, evaluations="", near=False):
+        self.recent = Recent() if near else None
         self.seen, self.items, self.kept, self.bytes, self.seconds = Seen(), Seen(), 0, 0, 0.0
         self.dropped, self.examples = dict.fromkeys(RULES, 0), {rule: [] for rule in RULES}
         self.filter = np.zeros(2**26, bool)  # where no run of an evaluation item falls, there is none to look up
         if evaluations:
             texts = (text.encode("utf-8", "replace") for text in evaluation_texts(evaluations))
-            runs = np.concatenate([np.zeros(0, np.uint64), *(runs_of_13(word_numbers(text)) for text in texts)])
+            runs = np.concatenate([np.zeros(0, np.uint64), *(runs_of(13, word_numbers([text])[0]) for text in texts)])
             self.filter[(runs >> np.uint64(38)).astype(np.int64)] = True
             self.items.add(runs)
 
-    def evaluated(self, raws):
-        """Which of these documents share 13 words in a row with an evaluation item."""
-        found = np.zeros(len(raws), bool)
-        if self.items.levels and raws:
-            numbers = [word_numbers(raw) for raw in raws]
-            owner = np.repeat(np.arange(len(raws)), [len(n) for n in numbers])
-            runs = runs_of_13(np.concatenate(numbers))
-            likely = np.flatnonzero(self.filter[(runs >> np.uint64(38)).astype(np.int64)])
-            likely = likely[owner[likely] == owner[likely + 12]]  # within one document
-            found[owner[likely[self.items.has(runs[likely])]]] = True
+    def evaluated(self, words, owner, count):
+        """Which of `count` documents share 13 words in a row with an evaluation item."""
+        found, runs = np.zeros(count, bool), runs_of(13, words)
+        likely = np.flatnonzero(self.filter[(runs >> np.uint64(38)).astype(np.int64)])
+        likely = likely[owner[likely] == owner[likely + 12]]  # within one document
+        found[owner[likely[self.items.has(runs[likely])]]] = True
         return found
+
+    def near(self, words, owner, among):
+        """Which of the documents `among` (True or False each) are near duplicates. One of under 5 words is none."""
+        runs, within = runs_of(5, words), np.flatnonzero((owner[4:] == owner[:-4]) & among[owner[4:]])
+        documents, place = np.unique(owner[within], return_inverse=True)
+        near = np.zeros(len(among), bool)
+        near[documents] = self.recent.add(sketch(runs[within], place, len(documents)))
+        return near
 
     def clean(self, documents, batch_chars=2**22):
         """Yield the documents that no rule drops."""
@@ -696,8 +766,15 @@ class Cleaner:
         verdicts = [poor(text, raw) for text, raw in zip(texts, raws)]
         good = [i for i, verdict in enumerate(verdicts) if not verdict]
         marks = np.frombuffer(b"".join(hashlib.blake2b(raws[i], digest_size=8).digest() for i in good), np.uint64)
-        for i, new, item in zip(good, self.seen.add(marks), self.evaluated([raws[i] for i in good])):
-            verdicts[i] = "duplicate" if not new else "evaluation" if item else None
+        new, item, near = self.seen.add(marks), np.zeros(len(good), bool), np.zeros(len(good), bool)
+        if self.items.levels or self.recent:
+            words, owner = word_numbers([raws[i] for i in good])
+            if self.items.levels:
+                item = self.evaluated(words, owner, len(good))
+            if self.recent:
+                near = self.near(words, owner, new & ~item)
+        for i, *broken in zip(good, ~new, item, near):
+            verdicts[i] = next((rule for rule, is_broken in zip(("duplicate", "evaluation", "near"), broken) if is_broken), None)
         for text, verdict in zip(texts, verdicts):
             if verdict:
                 self.dropped[verdict] += 1
@@ -982,7 +1059,7 @@ def beginning(texts, chars):
 def prepare(cfg, machine):
     """Make sure that cfg.out (or cfg.from_) has a tokenizer and shards of cfg.data; return what a stage needs.
 
-    cfg has out, from_, data ("" is the demo world), val_data, val_documents, vocab_size, clean, evaluations and seed.
+    cfg has out, from_, data ("" is the demo world), val_data, val_documents, vocab_size, clean, evaluations, near_duplicates and seed.
     Returns (tokenizer, its hash, training TokenSet, validation TokenSet). Rank 0 does the work.
     """
     name = Path(cfg.data).name.split(".")[0] if cfg.data else "demo"
@@ -990,7 +1067,9 @@ def prepare(cfg, machine):
     cfg.data, cfg.val_data = (p and os.path.realpath(p) for p in (cfg.data, cfg.val_data))  # one text, one name
     size = sum(f.stat().st_size for p in (cfg.data, cfg.val_data) if p for f in text_files(p))
     source = [cfg.data or f"demo, seed {cfg.seed}", cfg.val_data, cfg.val_documents, f"{size} bytes"]
-    source += ["cleaned", cfg.evaluations] * cfg.clean
+    if (cfg.evaluations or cfg.near_duplicates) and not cfg.clean:
+        raise SystemExit("--evaluations and --near_duplicates are rules of cleaning: add --clean=1, or leave them out")
+    source += ["cleaned", cfg.evaluations] * cfg.clean + ["near duplicates too"] * cfg.near_duplicates
     adopt_tokenizer(cfg, machine)
     if machine.first:
         if (borrowed / "meta.json").exists():
@@ -1031,7 +1110,7 @@ def prepare(cfg, machine):
                 train, val = read_documents(cfg.data), list(read_documents(cfg.val_data, cfg.val_documents))
             else:
                 train, val = split_documents(cfg.data)
-            cleaner = Cleaner(cfg.evaluations) if cfg.clean else None
+            cleaner = Cleaner(cfg.evaluations, cfg.near_duplicates) if cfg.clean else None
             count = write_shards(folder, "train", tokenizer, hash, cleaner.clean(train) if cleaner else train)
             held = write_shards(folder, "val", tokenizer, hash, val, most=2**40)
             meta = {"source": source, "tokens": count, "val_tokens": held, "tokenizer": hash}
@@ -1973,6 +2052,7 @@ class PrepareConfig:
     vocab_size: int = 2048  # of a tokenizer that has to be trained
     clean: bool = False  # drop training documents that RULES in data.py says are junk, duplicates or evaluation items
     evaluations: str = ""  # with --clean: files of evaluation items (.jsonl, .csv) or folders of them, with commas between
+    near_duplicates: bool = False  # with --clean: also drop documents that are nearly the same as an earlier one
     seed: int = 1  # of the demo world, and of its packing
 
 

@@ -39,6 +39,7 @@ import threading
 import time
 import tracemalloc
 import unicodedata
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -1774,7 +1775,7 @@ def test_cleaning_finds_what_was_planted(tmp_path, tokenizer, capsys):
     for size in (10**4, 10**9):
         cleaner = data.Cleaner(str(tmp_path / "task"))
         assert sorted(cleaner.clean(iter(documents), size)) == sorted(good + almost)
-        assert cleaner.dropped == {rule: len(planted[rule]) for rule in data.RULES} and cleaner.kept == 302
+        assert cleaner.dropped == {rule: len(planted[rule]) for rule in data.RULES if rule != "near"} | {"near": 0} and cleaner.kept == 302
     (tmp_path / "text.jsonl").write_bytes(jsonl({"text": text} for text in documents))
     (tmp_path / "val.txt").write_text(good[0])
     tokenizer.save(str(tmp_path / "out" / "tokenizer"))
@@ -1786,9 +1787,78 @@ def test_cleaning_finds_what_was_planted(tmp_path, tokenizer, capsys):
     page, printed = (tmp_path / "out" / "report.html").read_text(), capsys.readouterr().out
     assert "302 documents kept" in page and "&lt;%$#@!&gt;" in page and "302 of 311 documents kept" in printed and "| too short" in printed
     assert all(re.search(rf"{rule} +{len(texts)} dropped", printed) for rule, texts in planted.items())
-    cfg.clean = False
+    cfg.near_duplicates = True
     with pytest.raises(SystemExit, match="choose another --out=DIR"):
         data.prepare(cfg, CPU)
+    cfg.clean = False
+    with pytest.raises(SystemExit, match="add --clean=1"):
+        data.prepare(cfg, CPU)
+    cfg.evaluations, cfg.near_duplicates = "", False
+    with pytest.raises(SystemExit, match="choose another --out=DIR"):
+        data.prepare(cfg, CPU)
+
+
+def sets_of_similarity(rng, share, size, pairs):
+    """(numbers, owner) of `pairs` sets, and of another for each that has this Jaccard similarity with it."""
+    common = round(size * 2 * share / (1 + share))
+    pool = rng.integers(0, 2**63, (pairs, 2 * size), dtype=np.uint64)
+    twins = np.concatenate([pool[:, :size], pool[:, size - common : 2 * size - common]])
+    return twins.ravel(), np.repeat(np.arange(2 * pairs), size), common / (2 * size - common)
+
+
+@pytest.mark.parametrize("size", [15, 90, 3000])
+def test_sketches_agree_as_the_sets_do(size):
+    """The mean is the similarity, and the error is that of 128 hashes (or less), however few numbers a set has."""
+    for share in (0.3, 0.8):
+        runs, owner, similarity = sets_of_similarity(np.random.default_rng(size), share, size, 200)
+        sketches = data.sketch(runs, owner, 400)
+        agree = (sketches[:200] == sketches[200:]).mean(1)
+        spread = math.sqrt(similarity * (1 - similarity) / 128)
+        assert abs(agree.mean() - similarity) < 4 * spread / math.sqrt(200) + 0.004 and agree.std() < 1.25 * spread
+
+
+def test_near_duplicates_are_found_as_often_as_said():
+    for share, least, most in ((0.7, 0, 0.02), (0.8, 0.4, 0.6), (0.85, 0.88, 0.97), (0.9, 0.99, 1)):
+        runs, owner, similarity = sets_of_similarity(np.random.default_rng(3), share, 1000, 400)
+        near = data.Recent().add(data.sketch(runs, owner, 800))
+        assert abs(similarity - share) < 0.002 and not near[:400].any() and least <= near[400:].mean() <= most
+
+
+def test_the_window_of_near_duplicates_is_bounded(monkeypatch):
+    """What lies further back than the window is forgotten; how documents are cut into calls makes no difference."""
+    assert sum(a.nbytes for a in (data.Recent().sketches, data.Recent().last)) < 257 * 2**20
+    monkeypatch.setattr(data.Recent, "WINDOW", 50)
+    monkeypatch.setattr(data.Recent, "PART", 16)
+    sketches = np.random.default_rng(0).integers(0, 256, (400, 128), dtype=np.uint8)
+    sketches[200:220] = sketches[150:170]  # 50 back
+    sketches[265:275] = sketches[220:230]  # 45 back
+    sketches[351:] = sketches[300:349]  # 51 back
+    sketches[7] = sketches[6]
+    for cuts in ([], range(400), [3, 140, 200, 260]):
+        recent = data.Recent()
+        near = np.concatenate([recent.add(part) for part in np.split(sketches, cuts)])
+        assert near.nonzero()[0].tolist() == [7, *range(200, 220), *range(265, 275)]
+
+
+def test_near_duplicates_are_dropped_where_asked(tmp_path):
+    rng = random.Random(5)
+    words = lambda n: [f"{rng.choice('bcdfgk')}{rng.choice('aeiou')}{rng.randrange(9999)}" for _ in range(n)]
+    texts = [words(20 if i < 10 else rng.randint(20, 400)) for i in range(300)]
+    long = words(300)
+    other = long[:50] + words(20) + long[50:]  # of similarity 0.91
+    short = [*texts[0][:10], "so", *texts[0][11:]]  # one word in 20, and 5 of 16 runs are others
+    wordless = ["".join(rng.choices("abcdefghijklmnop", k=200)) for _ in range(2)]
+    documents = [" ".join(t) for t in [*texts, long, short, other]]
+    documents += [", ".join(texts[7]).upper(), *wordless]
+    for size in (2000, 10**7):
+        cleaner = data.Cleaner(near=True)
+        assert list(cleaner.clean(documents, size)) == [d for i, d in enumerate(documents) if i not in (302, 303)]
+        assert cleaner.dropped["near"] == 2 and [e[:20] for e in cleaner.examples["near"]] == [documents[i][:20] for i in (302, 303)]
+    assert list(data.Cleaner().clean(documents)) == documents
+    (tmp_path / "item.jsonl").write_bytes(jsonl([" ".join(long[100:113])]))
+    almost = " ".join([*long[:106], "so", *long[107:]])  # what was dropped itself drops nothing else
+    assert list(data.Cleaner(str(tmp_path), near=True).clean([" ".join(long), almost])) == [almost]
+    assert data.word_numbers([b"One two", b"", b"TWO"])[0].tolist() == [zlib.crc32(w) for w in (b"one", b"two", b"two")]  # in any process
 
 
 def test_a_set_of_numbers_takes_16_bytes_each():
