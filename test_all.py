@@ -1148,7 +1148,7 @@ def test_training_shards_do_not_move_validation(tmp_path, tokenizer, monkeypatch
 
 def test_shards_hold_equal_numbers_and_refuse_strangers(tmp_path, tokenizer):
     texts = data.demo_texts(1)[:400]
-    data.write_shards(tmp_path, "train", tokenizer, "ab" * 32, texts, most=3000)
+    data.write_shards(tmp_path, "train", tokenizer, "ab" * 32, [texts], most=3000)
     paths = sorted(tmp_path.glob("train_*.bin"))
     shards = [data.open_shard(p, "ab" * 32) for p in paths]
     bos = tokenizer.special("<|bos|>")
@@ -1222,7 +1222,7 @@ def test_parquet_without_pyarrow_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_a_damaged_plan_is_made_anew(tmp_path, tokenizer):
-    data.write_shards(tmp_path, "train", tokenizer, "00" * 32, data.demo_texts(1)[:50])
+    data.write_shards(tmp_path, "train", tokenizer, "00" * 32, [data.demo_texts(1)[:50]])
     paths = sorted(tmp_path.glob("*.bin"))
 
     def first_batch():
@@ -1587,6 +1587,8 @@ class Host(http.server.BaseHTTPRequestHandler):
             for i in range(0, len(body), 1000):
                 self.wfile.write(body[i : i + 1000])
                 time.sleep(0.004)
+        elif fault[0] == "gate" and not host.gate.wait(100):
+            self.close_connection = True
         else:
             self.wfile.write(body)
 
@@ -1595,7 +1597,7 @@ class Host(http.server.BaseHTTPRequestHandler):
 def host():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
         server.files, server.faults, server.once, server.asked, server.lock = {}, [], [], [], threading.Lock()
-        server.signed, server.signatures, server.valid_from, server.daemon_threads = False, 0, 0, True
+        server.signed, server.signatures, server.valid_from, server.daemon_threads, server.gate = False, 0, 0, True, threading.Event()
         server.handle_error = lambda *_: None  # clients that leave are no news
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
@@ -1743,6 +1745,52 @@ def test_tinystories_and_the_right_words(host, tmp_path):
             fetch(host, source, tmp_path / "other")
     with pytest.raises(SystemExit, match="data.py download --source=tinystories"):
         list(data.read_documents("tinystories"))
+
+
+def c4_of(texts, count):
+    """`files` of a host that has C4, whose first shards are these texts in `count` parts, the first a little the shortest."""
+    cuts = [0, *(len(texts) * i // count - count + i for i in range(1, count)), len(texts)]
+    parts = [gzip.compress(jsonl({"text": t} for t in texts[a:b])) for a, b in itertools.pairwise(cuts)]
+    val = gzip.compress(jsonl({"text": t} for t in data.demo_texts(3, "val")[:20]))
+    files = {data.C4.format("train", i, 1024): part for i, part in enumerate(parts)} | {data.C4.format("validation", 0, 8): val}
+    return {url.replace("https:/", ""): body for url, body in files.items()}
+
+
+def until(true, seconds=60):
+    end = time.time() + seconds
+    while not true():
+        assert time.time() < end
+        time.sleep(0.02)
+
+
+def test_training_starts_while_text_is_coming(host, tmp_path):
+    """The first of three shards suffices to start; SIGKILL while it waits for the next; the end is as if all had been there."""
+    host.files = c4_of(data.demo_texts(1)[:240], 3)
+    fetch(host, "c4", tmp_path / "all", shards=3)
+    knobs = [*TINY, "--steps=14", "--save_every=1"]
+    of = lambda name: [f"--out={tmp_path / name}", f"--data={tmp_path / name / 'train'}", f"--val_data={tmp_path / name / 'val'}"]
+    printed = run("pretrain.py", *of("all"), *knobs)[1]
+    assert "waiting" not in printed and len(list((tmp_path / "all" / "data" / "train").glob("train_*.bin"))) == 3
+    host.faults = [("gate", "c4-train.00001"), ("gate", "c4-train.00002")]
+    mirror, text, log = f"--mirror=http://127.0.0.1:{host.server_address[1]}", tmp_path / "text", tmp_path / "log"
+    download = start("data.py", "download", "--source=c4", "--shards=3", mirror, f"--out={text}", "--patience=200", printed=tmp_path / "get")
+    until((text / "source.json").exists)
+    train = [f"--out={tmp_path / 'out'}", f"--data={text / 'train'}", f"--val_data={text / 'val'}", *knobs]
+    process = start("pretrain.py", *train, printed=log)
+    until(lambda: log.exists() and "waiting for" in log.read_text() and gpt.latest(tmp_path / "out" / "base"))
+    until(lambda: f"waiting for {tmp_path / 'out' / 'data' / 'train' / 'train_0001.bin'}" in log.read_text())
+    assert 0 < int(gpt.latest(tmp_path / "out" / "base").name[5:]) < 14 and [p.name for p in (text / "train").glob("*.gz")] == ["c4_00000.jsonl.gz"]
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    until(lambda: not data.is_locked(tmp_path / "out" / "data" / "train"), 5)  # the process beside it has ended too
+    process = start("pretrain.py", *train, printed=(log := tmp_path / "log of the second"))
+    until(lambda: log.exists() and "waiting for" in log.read_text())
+    host.gate.set()
+    process.join(100)
+    download.join(10)
+    assert process.exitcode == 0 and download.exitcode == 0 and "going on from step" in log.read_text(), log.read_text()
+    assert same(weights(tmp_path / "out" / "base"), weights(tmp_path / "all" / "base"))
+    assert losses(tmp_path / "out") == losses(tmp_path / "all")
 
 
 def test_documents_in_a_text_longer_than_a_block(tmp_path):
