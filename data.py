@@ -1086,7 +1086,7 @@ class Coming(TokenSet):
         """Open the shards up to this one, or where there will never be so many, all; waits for those to come."""
         while shard >= len(self.arrays) and not self.complete:
             path = self.folder / f"train_{len(self.arrays):04d}.bin"
-            there, hint = lambda: path.exists() or "tokens" in read_meta(self.folder), "what stopped it is said above or by its run; mend it"
+            there, hint = lambda: path.exists() or "tokens" in read_meta(self.folder), "what stopped its making is said above; mend that"
             wait_for(there, path, self.folder, hint, self.say)
             self.complete = not path.exists()
             if not self.complete:

@@ -15,6 +15,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -1793,6 +1794,111 @@ def test_training_starts_while_text_is_coming(host, tmp_path):
     assert losses(tmp_path / "out") == losses(tmp_path / "all")
 
 
+def test_rows_do_not_depend_on_when_their_shards_come(tmp_path, tokenizer):
+    """Shards that come while rows are drawn, over two epochs and on two ranks: the rows of a set that was complete."""
+    bos, hash = tokenizer.special("<|bos|>"), "ab" * 32
+    groups = [data.demo_texts(seed)[:40] for seed in (1, 2, 3)]
+    count = data.write_shards(tmp_path / "all", "train", tokenizer, hash, groups, 1000)
+    paths = sorted((tmp_path / "all").glob("*.bin"))
+    sizes = [sum(len(tokenizer.encode(t)) + 1 for t in group) for group in groups]
+    each = sizes[0] // -(-sizes[0] // 1000)
+    assert len(paths) == sum(sizes) // each > 5 and count == each * len(paths)  # what is dropped is less than a shard
+    (tmp_path / "all" / "meta.json").write_text('{"tokens": 1}')
+    (tmp_path / "slow").mkdir()
+    shutil.copy(paths[0], tmp_path / "slow")
+
+    def bring():
+        for path in [*paths[1:], tmp_path / "all" / "meta.json"]:
+            time.sleep(0.05)
+            data.write_whole(tmp_path / "slow" / path.name, path.read_bytes())
+
+    whole, said = data.Coming(tmp_path / "all", hash, bos, None), []
+    rows = whole.rows(32, 0)
+    with open(tmp_path / "slow" / ".lock", "w") as held, ThreadPoolExecutor() as pool:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        brought = pool.submit(bring)
+        slow = [data.Coming(tmp_path / "slow", hash, bos, said.append) for _ in range(2)]
+        for step in range(2 * rows * len(paths) // 8 + 3):
+            want = data.batch(whole, 8, 32, 0, step)[0]
+            assert torch.equal(torch.cat([data.batch(slow[r], 8, 32, 0, step, r, 2)[0] for r in range(2)]), want)
+        brought.result()
+    assert said and all(re.search("waiting for .*/slow/train_000.[.]bin", line) for line in said)
+    assert whole.place(rows * len(paths) + 1, 32, 0) == (1, 1)
+    first = [whole.row(0, i * rows, 32, 0)[0].tolist() for i in range(len(paths))]
+    tokens = [np.asarray(data.open_shard(path, hash)).tolist() for path in paths]
+    contains = lambda all, part: any(all[i : i + len(part)] == part for i in range(len(all)))
+    assert all(contains(t, row[1 : row.index(bos, 1) if bos in row[1:] else None]) for t, row in zip(tokens, first))  # in order
+
+
+def test_what_never_comes_is_given_up(host, tmp_path, monkeypatch):
+    """A download that has died is told of, with the command that goes on; one that is at work is waited for, however long."""
+    monkeypatch.setattr(data, "ABSENT", 0.3)
+    host.files = {path: body for path, body in c4_of(data.demo_texts(1)[:90], 3).items() if "train.00001" not in path}
+    with pytest.raises(SystemExit, match="c4-train.00001-of-01024.json.gz answers 404"):
+        fetch(host, "c4", tmp_path, shards=3)
+    cfg = data.PrepareConfig(str(tmp_path / "out"), data=str(tmp_path / "train"), vocab_size=400)
+    command = f"python data.py download --source=c4 --shards=3 --out={tmp_path}"
+    assert [f.name for f in data.planned(tmp_path / "train")] == [f"c4_{i:05}.jsonl.gz" for i in range(3)]
+    with pytest.raises(SystemExit, match=f"all text, to hold out .* is not there.*{command}"):
+        data.prepare(cfg, CPU)
+    file, start = tmp_path / "train" / "c4_00001.jsonl.gz", time.time()
+    with pytest.raises(SystemExit, match=f"{file} is not there, and nobody has worked on it for 0.3 s: `{command}"):
+        data.wait_for_download(tmp_path / "train", file.exists, file)
+    with open(tmp_path / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        threading.Timer(1, lambda: file.write_bytes(b"")).start()
+        data.wait_for_download(tmp_path / "train", file.exists, file)
+    assert 1.2 < time.time() - start < 5
+    assert data.planned(tmp_path) == data.planned(file) == []
+
+
+@pytest.mark.parametrize("end", ["done", "needless", "failed later", "failed at once", "interrupted"])
+def test_run_sh_joins_the_download(end, tmp_path):
+    """run.sh itself, with words in place of the stages: training begins beside the download, and neither outlives the other's use."""
+    stages = {"sft.py": "print('sft')", "rl.py": "print('rl')", "tok.rs": "", "Cargo.toml": "", "Cargo.lock": "", "pyproject.toml": ""}
+    stages |= {f"{name}.py": "" for name in ("numpy", "requests", "pytest")} | {"torch.py": "class cuda: device_count = lambda: 0"}
+    ends = {"done": "print('all there')", "needless": "time.sleep(60)", "interrupted": "time.sleep(60)"}.get(end, "sys.exit('the host is gone')")
+    stages["data.py"] = f"""
+import os, pathlib, sys, time
+print("fetching", sys.argv, flush=True)
+if {end!r} == "failed at once":
+    {ends}
+time.sleep(1)
+pathlib.Path("out/text").mkdir(parents=True)
+pathlib.Path("out/text/source.json").write_text("{{}}")
+pathlib.Path("loader").write_text(str(os.getpid()))
+while not os.path.exists("training"):
+    time.sleep(0.05)
+{ends}"""
+    stages["pretrain.py"] = f"""
+import os, sys, time
+open("training", "w")
+print("training", *sys.argv[1:], flush=True)
+time.sleep({30 if end == "interrupted" else 1})"""
+    shutil.copy(HERE / "run.sh", tmp_path)
+    for name, text in {**stages, ".venv/bin/activate": f"PATH={tmp_path}/.venv/bin:$PATH", ".venv/bin/pip": "#!/bin/sh"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"')
+    for name in ("pip", "python"):
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+    (tmp_path / ".venv/tok.sum").write_text(subprocess.run(["cksum"], input="", capture_output=True, text=True).stdout)
+    environment = {**os.environ, "DATA": "c4", "SHARDS": "3", "OUT": "out", "MIRROR": "http://here"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    process = subprocess.Popen(["bash", tmp_path / "run.sh"], env=environment, **pipes)
+    if end == "interrupted":
+        until((tmp_path / "training").exists)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    printed, log = process.communicate(timeout=25)[0], (tmp_path / "out" / "download.log").read_text()
+    assert "fetching ['data.py', 'download', '--source=c4', '--shards=3', '--mirror=http://here', '--out=out/text']" in log
+    assert (process.returncode == 0) == ("done: the report" in printed) == (end not in ("failed at once", "interrupted"))
+    assert ("training --out=out --data=out/text/train --val_data=out/text/val" in printed) == (end != "failed at once")
+    assert ("the download is not complete" in printed) == (end != "done") and ("host is gone" in printed) == ("failed" in end), printed
+    if end != "failed at once":
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "loader").read_text()), 0)
+
+
 def test_documents_in_a_text_longer_than_a_block(tmp_path):
     texts = ["a" * 5_000_000, "b\n" * 3_000_000, "c", "d" * 100 + "\n"]
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
@@ -2629,8 +2735,6 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 def test_one_writer_a_folder(tiny_run):
-    import fcntl
-
     with open(tiny_run / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         code, printed = run("sft.py", f"--out={tiny_run}", *TINY_SFT, check=False)
