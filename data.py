@@ -8,7 +8,7 @@ tasks with their graders, and the demo world.
     python data.py download --shards=4 --out=text      # ClimbMix; then --data=text/train --val_data=text/val
     python data.py download --source=tinystories --out=stories
     python data.py download --source=core --out=files  # and mmlu, gsm8k, humaneval, slimorca, ultrachat, oasst2, dolly
-    python data.py prepare --data=text/train --val_data=text/val --clean=1 --evaluations=files/eval_bundle
+    python data.py prepare --data=text/train --val_data=text/val --clean=1 --near_duplicates=1 --evaluations=files/eval_bundle
     python data.py prepare --help                      # each of the four has knobs of its own
 
 Text is a file or folder of .txt, .jsonl or .json (field `text`), each also as .gz, or .parquet where pyarrow is
@@ -26,16 +26,19 @@ import bisect
 import codecs
 import csv
 import email.utils
+import fcntl
 import functools
 import gzip
 import hashlib
 import inspect
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import tarfile
 import threading
 import time
@@ -484,6 +487,60 @@ def files_plan(fetcher, folder, files):
     return [(folder / name, [(fetcher.file, url, folder / name, sha256)], None) for name, url, sha256 in files]
 
 
+TEXT = r"\.(txt|jsonl|json)(\.gz)?$|\.parquet$"  # how the name of a file of text ends
+
+
+def announce(folder, source, size, plan, **more):
+    """Say in source.json, before the first byte comes, what text will be there: preparing can start on what there is."""
+    names = sorted(entry[0].relative_to(folder).as_posix() for entry in plan)
+    if any(name.startswith("train/") for name in names):
+        write_whole(folder / "source.json", json.dumps({"source": source, "slice": size, "files": names} | more))
+
+
+def planned(path):
+    """The files of a folder of text that a download fills, sorted by name, those still to come too; [] of any other path."""
+    path, note = Path(path), Path(path).parent / "source.json"
+    names = json.loads(note.read_text()).get("files", []) if note.exists() else []
+    files = {path.parent / name for name in names if Path(name).parent.name == path.name}
+    return sorted(files | {file for file in path.rglob("*") if re.search(TEXT, file.name)}) if files else []
+
+
+ABSENT = 60  # seconds without anybody at work after which what is waited for is given up
+
+
+def is_locked(folder):
+    """Whether a process holds the folder's lock (lock_folder): a download, or whoever makes shards, is at work."""
+    try:
+        with open(Path(folder) / ".lock") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+
+
+def wait_for(there, what, folder, hint, say=functools.partial(print, flush=True)):
+    """Return once there() is true. Says once what is waited for; SystemExit when nobody has been at work in `folder` for long."""
+    seen = time.time()
+    if not there():
+        say(f"  waiting for {what}")
+    while not there():
+        if is_locked(folder):
+            seen = time.time()
+        elif time.time() > seen + ABSENT and not there():
+            raise SystemExit(f"{what} is not there, and nobody has worked on it for {ABSENT} s: {hint}, then the same command goes on")
+        time.sleep(0.2)
+
+
+def wait_for_download(path, there, what):
+    """wait_for files under a folder that a download fills."""
+    folder = Path(path).parent
+    note = json.loads((folder / "source.json").read_text())
+    count = sum(name.startswith("train/") for name in note["files"])
+    wait_for(there, what, folder, f"`python data.py download --source={note['source']} --shards={count} --out={folder}` brings it")
+
+
 def carry_out(fetcher, plan, what):
     """Do what a plan says, its files in order, and say every few seconds how far it is. Raises Unusable."""
     todo = [entry for entry in plan if not entry[0].exists()]
@@ -525,7 +582,7 @@ def download(cfg):
     names = [unquote(urlsplit(url).path.rsplit("/", 1)[-1]) for url in urls]
     if cfg.source not in SOURCES and not all(re.match("https?://[^/]+/", url) for url in urls):
         raise SystemExit(f"there is no source {cfg.source!r}; there are {', '.join(SOURCES)}, and URLs with commas between")
-    known = all(re.search(r"\.(txt|jsonl|json)(\.gz)?$|\.parquet$", name) for name in names)
+    known = all(re.search(TEXT, name) for name in names)
     if cfg.source not in SOURCES and (len(set(names)) < len(names) or not known):
         raise SystemExit(f"URLs have to end in names of their own with .txt, .jsonl, .json (also .gz) or .parquet; got {', '.join(names)}")
     fetcher = Fetcher(cfg.mirror, cfg.wait, cfg.patience)
@@ -534,20 +591,20 @@ def download(cfg):
     if source == "climbmix" and was.get("instead_of") == "climbmix":
         source = "c4"
         print(f"{folder} holds C4, which stood in for ClimbMix; going on with it (another --out=DIR tries ClimbMix again)")
-    elif source == "climbmix" and was and was != wanted:
+    elif source == "climbmix" and was and {key: was.get(key) for key in wanted} != wanted:
         made = f"{was['source']} in slices of {was['slice']} bytes"
         raise SystemExit(f"{folder} was made from {made}, not from {source} in {size}; choose another --out=DIR")
     try:
         if source == "climbmix":
-            write_whole(note, json.dumps(wanted))
             first, *others = climbmix_plan(fetcher, folder, cfg.shards, size)
+            announce(folder, source, size, [first, *others])
             try:
                 carry_out(fetcher, [first], "climbmix")  # validation takes a little of every part: if that works, all will
             except Unusable as error:
                 shutil.rmtree(folder / "climbmix_val.slices", ignore_errors=True)
                 print(f"ClimbMix cannot be had ({error}): taking C4 instead", flush=True)
                 source = "c4"
-                write_whole(note, json.dumps(wanted | {"source": "c4", "instead_of": "climbmix"}))
+                was = {"instead_of": "climbmix"}
             else:
                 carry_out(fetcher, others, "climbmix")
         if source == "c4":
@@ -558,7 +615,9 @@ def download(cfg):
         elif source != "climbmix":
             files = [(f"train/{name}", url, "") for name, url in zip(names, urls)]
         if source != "climbmix":
-            carry_out(fetcher, files_plan(fetcher, folder, files), source if source in SOURCES else names[0])
+            plan = files_plan(fetcher, folder, files)
+            announce(folder, source, size, plan, **{key: was[key] for key in was if key == "instead_of"})
+            carry_out(fetcher, plan, source if source in SOURCES else names[0])
     except Unusable as error:
         raise SystemExit(f"{error}; what was brought stays in {folder}, and the same command goes on from there")
     for archive in (*folder.glob("*.zip"), *folder.glob("*.tar")):
@@ -576,6 +635,7 @@ RULES = {
     "repetition": "more than 3 characters in 10 stand in lines it has already had, or its first 20,000 bytes pack to under a tenth",
     "duplicate": "the same text came before",
     "evaluation": "13 words in a row are those of an evaluation item",
+    "near": "with --near_duplicates: of its runs of 5 words and those of one of the million documents before it, 8 in 10 are common",
 }
 ALNUM = bytes(c for c in range(256) if c >= 128 or chr(c).isalnum())  # letters beyond ASCII are letters
 WORDS_ONLY = bytes(ord(chr(c).lower()) if c < 128 and chr(c).isalnum() else c if c >= 128 else 32 for c in range(256))
@@ -620,18 +680,81 @@ class Seen:
         return new
 
 
-def word_numbers(raw):
-    """A number for each word of UTF-8 bytes, whatever its case and what stands between. Equal within one process."""
-    words = raw.translate(WORDS_ONLY).split()
-    return np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
+def word_numbers(raws):
+    """(a number for each word, the index of its text), of UTF-8 texts, whatever a word's case and what stands between."""
+    words = [raw.translate(WORDS_ONLY).split() for raw in raws]
+    owner = np.repeat(np.arange(len(raws)), [len(w) for w in words])
+    return np.fromiter(map(zlib.crc32, itertools.chain(*words)), np.uint64, len(owner)), owner
 
 
-def runs_of_13(numbers):
-    """A number for each 13 numbers in a row."""
-    total = np.zeros(max(0, len(numbers) - 12), np.uint64)
-    for j in range(13 if len(total) else 0):
-        total = total * np.uint64(0x9E3779B97F4A7C15) + numbers[j : len(total) + j]
+MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits in no order: a product's high bits depend on all bits of the other factor
+
+
+def runs_of(count, numbers):
+    """A number for each `count` numbers in a row."""
+    total = np.zeros(max(0, len(numbers) - count + 1), np.uint64)
+    for j in range(count if len(total) else 0):
+        total = (total + numbers[j : len(total) + j]) * MIX
     return total ^ (total >> np.uint64(32))
+
+
+def sketch(runs, owner, count):
+    """MinHash of `count` sets of numbers, runs[i] of set owner[i]: (count, 128) uint8. Sets of Jaccard similarity J agree
+    in a share J of their places, give or take sqrt(J (1 - J) / 128); an empty set is like other empty ones.
+
+    Each number is hashed to one place in each turn, and a place keeps the least of the first turn that filled it: near
+    the cost of one hash a number, and as exact for few numbers as 128 hashes (Dahlgaard, Knudsen and Thorup 2017, arXiv
+    1704.04370). After 128 turns each serves one place alone. Of each least hash a byte stays (Li and König 2010).
+    """
+    least = np.full((count, 128), 2**64 - 1, np.uint64)
+    for turn in range(256):
+        hashes = (runs + np.uint64(turn)) * MIX
+        hashes = (hashes ^ (hashes >> np.uint64(31))) * MIX
+        place = (hashes >> np.uint64(57)).astype(np.int64) if turn < 128 else turn - 128
+        values = ((hashes ^ (hashes >> np.uint64(29))) & np.uint64(2**56 - 1)) | np.uint64(turn << 56)
+        np.minimum.at(least.ravel(), owner * 128 + place, values)
+        if not turn & (turn + 1):  # after 1, 2, 4, ... turns, for looking costs as well: go on with those that have room
+            room = (least == 2**64 - 1).any(1)[owner]
+            runs, owner = runs[room], owner[room]
+            if not len(runs):
+                break
+    return ((least ^ (least >> np.uint64(32))) * MIX >> np.uint64(56)).astype(np.uint8)
+
+
+class Recent:
+    """The sketches of the last WINDOW documents, in which near duplicates are found (Broder 1997, with bands).
+
+    A pair is compared where 8 places in a row agree, in any of 16 bands, and is one where ALIKE of 128 agree. So similarity
+    0.7 is found in 1 pair of 200, 0.8 in half, 0.85 in 93 of 100, 0.9 in 99.9 of 100. Per band a table holds the last document
+    of each of 2**21 slots; a pair a whole window apart has lost 4 in 10 of its common bands to later documents.
+    Takes 128 MiB of sketches and 128 MiB of tables at most: 256 bytes for each document that is remembered.
+    """
+
+    WINDOW, ALIKE, PART = 2**20, 103, 2**12
+
+    def __init__(self):
+        self.count, self.sketches = 0, np.zeros((self.WINDOW + self.PART, 128), np.uint8)
+        self.last = np.zeros((16, 2**21), np.uint32)  # numbers of documents, from 1; 0 is none
+
+    def add(self, sketches):
+        """Remember these; returns which of them are near duplicates of one before, however they are cut into calls."""
+        near = np.zeros(len(sketches), bool)
+        for first in range(0, len(sketches), self.PART):
+            part = sketches[first : first + self.PART]
+            number = self.count + 1 + np.arange(len(part))
+            self.count += len(part)
+            self.sketches[number % len(self.sketches)] = part
+            for last, slots in zip(self.last, (part.view(np.uint64) * MIX >> np.uint64(43)).T):
+                order = np.argsort(slots, kind="stable")
+                slots, mine = slots[order], number[order]
+                other = last[slots].astype(np.int64)
+                again = np.flatnonzero(slots[1:] == slots[:-1]) + 1
+                other[again] = mine[again - 1]
+                last[slots] = mine  # where a slot comes again, the last of them stays
+                met = np.flatnonzero((other > 0) & (mine - other <= self.WINDOW))
+                alike = (part[order[met]] == self.sketches[other[met] % len(self.sketches)]).sum(1) >= self.ALIKE
+                near[first + order[met[alike]]] = True
+        return near
 
 
 def evaluation_texts(paths):
@@ -657,29 +780,35 @@ class Cleaner:
     """Drops documents by RULES. `dropped` counts them and `examples` keeps three beginnings of each rule.
 
     evaluations  files whose items no document may hold, as of evaluation_texts
+    near         whether near duplicates go too
     """
 
-    def __init__(self, evaluations=""):
+    def __init__(self, evaluations="", near=False):
+        self.recent = Recent() if near else None
         self.seen, self.items, self.kept, self.bytes, self.seconds = Seen(), Seen(), 0, 0, 0.0
         self.dropped, self.examples = dict.fromkeys(RULES, 0), {rule: [] for rule in RULES}
         self.filter = np.zeros(2**26, bool)  # where no run of an evaluation item falls, there is none to look up
         if evaluations:
             texts = (text.encode("utf-8", "replace") for text in evaluation_texts(evaluations))
-            runs = np.concatenate([np.zeros(0, np.uint64), *(runs_of_13(word_numbers(text)) for text in texts)])
+            runs = np.concatenate([np.zeros(0, np.uint64), *(runs_of(13, word_numbers([text])[0]) for text in texts)])
             self.filter[(runs >> np.uint64(38)).astype(np.int64)] = True
             self.items.add(runs)
 
-    def evaluated(self, raws):
-        """Which of these documents share 13 words in a row with an evaluation item."""
-        found = np.zeros(len(raws), bool)
-        if self.items.levels and raws:
-            numbers = [word_numbers(raw) for raw in raws]
-            owner = np.repeat(np.arange(len(raws)), [len(n) for n in numbers])
-            runs = runs_of_13(np.concatenate(numbers))
-            likely = np.flatnonzero(self.filter[(runs >> np.uint64(38)).astype(np.int64)])
-            likely = likely[owner[likely] == owner[likely + 12]]  # within one document
-            found[owner[likely[self.items.has(runs[likely])]]] = True
+    def evaluated(self, words, owner, count):
+        """Which of `count` documents share 13 words in a row with an evaluation item."""
+        found, runs = np.zeros(count, bool), runs_of(13, words)
+        likely = np.flatnonzero(self.filter[(runs >> np.uint64(38)).astype(np.int64)])
+        likely = likely[owner[likely] == owner[likely + 12]]  # within one document
+        found[owner[likely[self.items.has(runs[likely])]]] = True
         return found
+
+    def near(self, words, owner, among):
+        """Which of the documents `among` (True or False each) are near duplicates. One of under 5 words is none."""
+        runs, within = runs_of(5, words), np.flatnonzero((owner[4:] == owner[:-4]) & among[owner[4:]])
+        documents, place = np.unique(owner[within], return_inverse=True)
+        near = np.zeros(len(among), bool)
+        near[documents] = self.recent.add(sketch(runs[within], place, len(documents)))
+        return near
 
     def clean(self, documents, batch_chars=2**22):
         """Yield the documents that no rule drops."""
@@ -697,8 +826,15 @@ class Cleaner:
         verdicts = [poor(text, raw) for text, raw in zip(texts, raws)]
         good = [i for i, verdict in enumerate(verdicts) if not verdict]
         marks = np.frombuffer(b"".join(hashlib.blake2b(raws[i], digest_size=8).digest() for i in good), np.uint64)
-        for i, new, item in zip(good, self.seen.add(marks), self.evaluated([raws[i] for i in good])):
-            verdicts[i] = "duplicate" if not new else "evaluation" if item else None
+        new, item, near = self.seen.add(marks), np.zeros(len(good), bool), np.zeros(len(good), bool)
+        if self.items.levels or self.recent:
+            words, owner = word_numbers([raws[i] for i in good])
+            if self.items.levels:
+                item = self.evaluated(words, owner, len(good))
+            if self.recent:
+                near = self.near(words, owner, new & ~item)
+        for i, *broken in zip(good, ~new, item, near):
+            verdicts[i] = next((rule for rule, is_broken in zip(("duplicate", "evaluation", "near"), broken) if is_broken), None)
         for text, verdict in zip(texts, verdicts):
             if verdict:
                 self.dropped[verdict] += 1
@@ -766,30 +902,36 @@ def encode_documents(tokenizer, documents, bos, batch_chars=2**22):
         yield flush()
 
 
-def write_shards(folder, split, tokenizer, hash, documents, most=SHARD_TOKENS):
+def write_shards(folder, split, tokenizer, hash, groups, most=SHARD_TOKENS):
     """Encode documents into folder/{split}_NNNN.bin, all of one length of at most `most`; return the number of tokens.
 
+    groups  iterables of documents: the first one's tokens, cut evenly, decide the length, and each later one is written when
+            it is there; what is left at the very end, less than a shard, is dropped. Shards that are there already stay
     A document that crosses from one shard to the next starts there behind a fresh <|bos|>.
     """
-    bos = tokenizer.special("<|bos|>")
+    bos, each, count, rest = tokenizer.special("<|bos|>"), 0, 0, np.zeros(0, np.uint16)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(f"{split}_*"):  # of a preparation that was cut short
-        old.unlink()
     spool = folder / f"{split}.part"
-    with open(spool, "wb") as f:
-        for ids in encode_documents(tokenizer, documents, bos):
-            f.write(ids.tobytes())
-    if not spool.stat().st_size:
-        raise SystemExit(f"no document is left for {split}: cleaning has dropped them all")
-    tokens = np.memmap(spool, np.uint16, "r")
-    count = max(1, -(-len(tokens) // most))
-    each = len(tokens) // count
-    for i in range(count):
-        part = tokens[i * each : (i + 1) * each]
-        if part[0] != bos:
-            part = np.concatenate([[bos], part[:-1]])
-        write_shard(folder / f"{split}_{i:04d}.bin", part, hash)
+    for documents in groups:
+        with open(spool, "wb") as f:
+            f.write(rest.tobytes())
+            for ids in encode_documents(tokenizer, documents, bos):
+                f.write(ids.tobytes())
+        if not spool.stat().st_size:
+            continue
+        tokens = np.memmap(spool, np.uint16, "r")
+        each = each or len(tokens) // max(1, -(-len(tokens) // most))
+        for start in range(0, len(tokens) - each + 1, each):
+            part, path = tokens[start : start + each], folder / f"{split}_{count:04d}.bin"
+            if part[0] != bos:
+                part = np.concatenate([[bos], part[:-1]])
+            if not path.exists():
+                write_shard(path, part, hash)
+            count += 1
+        rest = np.array(tokens[len(tokens) - len(tokens) % each :])
     spool.unlink()
+    if not count:
+        raise SystemExit(f"no document is left for {split}: cleaning has dropped them all")
     return each * count
 
 
@@ -910,6 +1052,10 @@ class TokenSet:
             n += length
         return tokens[:n], mask[:n]
 
+    def place(self, number, T, seed):
+        """(epoch, row of it) of row `number`, counted through all epochs."""
+        return divmod(number, self.rows(T, seed) * len(self.arrays))
+
     def order(self, count, *seed):
         """A random order of `count` things, made once an epoch."""
         if (count, *seed) not in self.orders:
@@ -928,6 +1074,34 @@ class TokenSet:
         return 1 - kept / len(tokens), 1 - (kept + fresh) / places, cut / max(1, documents)
 
 
+class Coming(TokenSet):
+    """Training shards that may still be in the making while the first are read. The first epoch takes them in order of their
+    names, so that which row a step gets does not depend on when they came; the others in random order, as in any set."""
+
+    def __init__(self, folder, hash, bos, say):
+        super().__init__([], bos, paths=[])
+        self.folder, self.hash, self.say, self.complete = folder, hash, say, False
+        self.come(0)
+
+    def come(self, shard):
+        """Open the shards up to this one, or where there will never be so many, all; waits for those to come."""
+        while shard >= len(self.arrays) and not self.complete:
+            path = self.folder / f"train_{len(self.arrays):04d}.bin"
+            there, hint = lambda: path.exists() or "tokens" in read_meta(self.folder), "what stopped its making is said above; mend that"
+            wait_for(there, path, self.folder, hint, self.say)
+            self.complete = not path.exists()
+            if not self.complete:
+                self.arrays.append(np.asarray(open_shard(path, self.hash)))
+                self.paths.append(path)
+
+    def place(self, number, T, seed):
+        self.come(number // self.rows(T, seed))
+        return super().place(number, T, seed)
+
+    def order(self, count, *seed):
+        return super().order(count, *seed) if seed[1] else np.arange(count)
+
+
 def batch(shards, B, T, seed, step, rank=0, world=1):
     """One rank's share of step `step`'s B rows: ids (b, T) and targets (b, T), int64; -1 is not supervised.
 
@@ -935,12 +1109,11 @@ def batch(shards, B, T, seed, step, rank=0, world=1):
     shares differ by one row where B does not divide. After the last row comes the next epoch, packed anew,
     except in a set that is read once as a whole, where empty rows follow.
     """
-    per_epoch = shards.rows(T, seed) * len(shards.arrays)
     first, last = B * rank // world, B * (rank + 1) // world
     ids = np.full((last - first, T), shards.bos, np.int64)
     targets = np.full((last - first, T), -1, np.int64)
     for b in range(last - first):
-        epoch, index = divmod(step * B + first + b, per_epoch)
+        epoch, index = shards.place(step * B + first + b, T, seed)
         if not (shards.whole and epoch):
             tokens, mask = shards.row(epoch, index, T, seed)
             ids[b, : len(tokens) - 1] = tokens[:-1]
@@ -980,26 +1153,83 @@ def beginning(texts, chars):
             return
 
 
+def read_meta(folder):
+    """What is known of a folder of shards, with `tokens` once all are there; {} where none was begun."""
+    try:
+        return json.loads((folder / "meta.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise SystemExit(f"{folder}/meta.json is damaged ({error}): delete that folder and run the same command again")
+
+
+def make_shards(cfg, folder, meta, files):
+    """Write the shards of cfg.data (`files`, where a download may still bring them), and then `meta` with what was made."""
+    start, (tokenizer, hash) = time.time(), load_tokenizer(cfg.out)
+    if not cfg.data:
+        groups, val = [demo_texts(cfg.seed)], demo_texts(cfg.seed, "val")
+    elif files:
+        groups = (wait_for_download(cfg.data, file.exists, file) or read_documents(file) for file in files)
+        val = list(read_documents(cfg.val_data, cfg.val_documents))
+    elif cfg.val_data:
+        groups, val = [read_documents(cfg.data)], list(read_documents(cfg.val_data, cfg.val_documents))
+    else:
+        train, val = split_documents(cfg.data)
+        groups = [train]
+    cleaner = Cleaner(cfg.evaluations, cfg.near_duplicates) if cfg.clean else None
+    held = write_shards(folder, "val", tokenizer, hash, [val], most=2**40)
+    count = write_shards(folder, "train", tokenizer, hash, (cleaner.clean(group) if cleaner else group for group in groups))
+    meta |= {"tokens": count, "val_tokens": held, "tokenizer": hash}
+    if cleaner:
+        meta["cleaning"] = cleaner.report()
+    write_whole(folder / "meta.json", json.dumps(meta))
+    print(f"data: {count:,} tokens for training, {held:,} for validation, in {time.time() - start:.1f} s", flush=True)
+
+
+def make_shards_beside(cfg, folder, *what):
+    """make_shards in a process of its own, beside training: it ends with its parent, however that ends."""
+
+    def main(_):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+        with open(folder / ".lock", "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            make_shards(cfg, folder, *what)
+
+    command(main)
+
+
 def prepare(cfg, machine):
     """Make sure that cfg.out (or cfg.from_) has a tokenizer and shards of cfg.data; return what a stage needs.
 
-    cfg has out, from_, data ("" is the demo world), val_data, val_documents, vocab_size, clean, evaluations and seed.
-    Returns (tokenizer, its hash, training TokenSet, validation TokenSet). Rank 0 does the work.
+    cfg has out, from_, data ("" is the demo world), val_data, val_documents, vocab_size, clean, evaluations, near_duplicates and seed.
+    Returns (tokenizer, its hash, training TokenSet, validation TokenSet). Rank 0 does the work. Of a download that is still
+    under way it takes what there is: the tokenizer learns from the first file, and a process beside makes shards of all of them.
     """
     name = Path(cfg.data).name.split(".")[0] if cfg.data else "demo"
     folder, borrowed = Path(cfg.out) / "data" / name, Path(cfg.from_ or cfg.out) / "data" / name
     cfg.data, cfg.val_data = (p and os.path.realpath(p) for p in (cfg.data, cfg.val_data))  # one text, one name
-    size = sum(f.stat().st_size for p in (cfg.data, cfg.val_data) if p for f in text_files(p))
-    source = [cfg.data or f"demo, seed {cfg.seed}", cfg.val_data, cfg.val_documents, f"{size} bytes"]
-    source += ["cleaned", cfg.evaluations] * cfg.clean
+    if (cfg.evaluations or cfg.near_duplicates) and not cfg.clean:
+        raise SystemExit("--evaluations and --near_duplicates are rules of cleaning: add --clean=1, or leave them out")
     adopt_tokenizer(cfg, machine)
+    files = []
     if machine.first:
-        if (borrowed / "meta.json").exists():
+        if cfg.data and planned(cfg.data):
+            needed = lambda: [*planned(cfg.data)[: 1 if cfg.val_data else None], *(planned(cfg.val_data) if cfg.val_data else [])]
+            what = "the first text and validation text" if cfg.val_data else "all text, to hold out a hundredth (--val_data=DIR/val starts sooner)"
+            wait_for_download(cfg.data, lambda: all(file.exists() for file in needed()), f"{what} of {Path(cfg.data).parent}")
+            files = planned(cfg.data) if cfg.val_data else []
+        size = sum(f.stat().st_size for p in ("" if files else cfg.data, cfg.val_data) if p for f in text_files(p))
+        source = [cfg.data or f"demo, seed {cfg.seed}", cfg.val_data, cfg.val_documents, f"{size} bytes"]
+        source += [f"{len(files)} files up to {files[-1].name}"] if files else []
+        source += ["cleaned", cfg.evaluations] * cfg.clean + ["near duplicates too"] * cfg.near_duplicates
+        if "tokens" in read_meta(borrowed):
             folder = borrowed
         if not (Path(cfg.out) / "tokenizer" / "tokenizer.json").exists():
             start = time.time()
             if cfg.data:
-                texts = read_documents(cfg.data) if cfg.val_data else split_documents(cfg.data)[0]
+                texts = read_documents(files[0] if files else cfg.data) if cfg.val_data else split_documents(cfg.data)[0]
             else:
                 texts = [*demo_texts(cfg.seed), *(text_of(m) for m in conversations(cfg.seed, 4000))]
             try:
@@ -1016,35 +1246,30 @@ def prepare(cfg, machine):
     if tokenizer.vocab_size > 65536:
         raise SystemExit(f"a vocabulary of {tokenizer.vocab_size} does not fit token shards of 16 bits; at most 65536")
     if machine.first:
-        try:
-            meta = json.loads((folder / "meta.json").read_text())
-        except FileNotFoundError:
-            meta = None
-        except ValueError as error:
-            raise SystemExit(f"{folder}/meta.json is damaged ({error}): delete that folder and run the same command again")
+        meta = read_meta(folder)
         if meta and meta["source"] != source:
             raise SystemExit(f"{folder} was made from {meta['source']}, not from {source}; choose another --out=DIR")
-        if not meta:
-            start = time.time()
-            if not cfg.data:
-                train, val = demo_texts(cfg.seed), demo_texts(cfg.seed, "val")
-            elif cfg.val_data:
-                train, val = read_documents(cfg.data), list(read_documents(cfg.val_data, cfg.val_documents))
-            else:
-                train, val = split_documents(cfg.data)
-            cleaner = Cleaner(cfg.evaluations) if cfg.clean else None
-            count = write_shards(folder, "train", tokenizer, hash, cleaner.clean(train) if cleaner else train)
-            held = write_shards(folder, "val", tokenizer, hash, val, most=2**40)
-            meta = {"source": source, "tokens": count, "val_tokens": held, "tokenizer": hash}
-            if cleaner:
-                meta["cleaning"] = cleaner.report()
+        if "tokens" not in meta and not files:
+            for old in [*folder.glob("train*"), *folder.glob("val*")]:  # of a preparation that was cut short
+                old.unlink()
+            make_shards(cfg, folder, {"source": source}, [])
+        elif "tokens" not in meta:
+            meta = {"source": source, "in_order": True}
             write_whole(folder / "meta.json", json.dumps(meta))
-            machine.print(f"data: {count:,} tokens for training, {held:,} for validation, in {time.time() - start:.1f} s")
+            beside = multiprocessing.get_context("spawn").Process(target=make_shards_beside, args=(cfg, folder, meta, files), daemon=True)
+            beside.start()
+            while beside.is_alive() and not (folder / "train_0000.bin").exists():
+                time.sleep(0.05)
+            if not (folder / "train_0000.bin").exists():
+                raise SystemExit(1)  # it has said why
     folder = Path(machine.gather(str(folder))[0])
     bos, sets = tokenizer.special("<|bos|>"), []
     for split in ("train", "val"):
         paths = sorted(folder.glob(f"{split}_*.bin"))
-        sets.append(TokenSet([open_shard(p, hash) for p in paths], bos, whole=split == "val", paths=paths))
+        if split == "train" and read_meta(folder).get("in_order"):
+            sets.append(Coming(folder, hash, bos, machine.print))
+        else:
+            sets.append(TokenSet([open_shard(p, hash) for p in paths], bos, whole=split == "val", paths=paths))
     return tokenizer, hash, *sets
 
 
@@ -1974,6 +2199,7 @@ class PrepareConfig:
     vocab_size: int = 2048  # of a tokenizer that has to be trained
     clean: bool = False  # drop training documents that RULES in data.py says are junk, duplicates or evaluation items
     evaluations: str = ""  # with --clean: files of evaluation items (.jsonl, .csv) or folders of them, with commas between
+    near_duplicates: bool = False  # with --clean: also drop documents that are nearly the same as an earlier one
     seed: int = 1  # of the demo world, and of its packing
 
 
@@ -2001,6 +2227,8 @@ def main(argv):
         cfg, machine = override(PrepareConfig(), rest, __doc__), start_machine("cpu")
         lock_folder(cfg.out, machine)
         _, _, train, _ = prepare(cfg, machine)
+        if isinstance(train, Coming):
+            train.come(2**60)  # the process that makes them ends with this one
         dropped, empty, cut = train.loss(512)
         print(f"packed for T=512: {dropped:.2%} of tokens dropped, {empty:.2%} of places empty, {cut:.1%} of documents cut")
     else:

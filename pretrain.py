@@ -42,6 +42,7 @@ class Config:
     vocab_size: int = 2048  # of the tokenizer, where one has to be trained
     clean: bool = False  # drop training documents that RULES in data.py says are junk, duplicates or evaluation items
     evaluations: str = ""  # with --clean: files of evaluation items (.jsonl, .csv) or folders of them, with commas between
+    near_duplicates: bool = False  # with --clean: also drop documents that are nearly the same as an earlier one
     # model
     depth: int = 4  # the dial: width, heads, batch, rates and horizon follow; 0 is what these GPUs train in `hours`
     hours: float = 2.5  # with --depth=0

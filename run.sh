@@ -3,8 +3,8 @@
 # bash run.sh test     set up and run the tests
 # bash run.sh serve    set up and start the chat page
 # Further words go to the program: `bash run.sh serve --port=9000`, `bash run.sh test -k muon`.
-# OUT=DIR is the run's folder (out). DATA=PATH trains on your own text; DATA=climbmix (or c4, tinystories) downloads it first,
-# SHARDS=N of it, from MIRROR=URL if named. A second call does only what is not done yet.
+# OUT=DIR is the run's folder (out). DATA=PATH trains on your own text; DATA=climbmix (or c4, tinystories) downloads SHARDS=N of it,
+# from MIRROR=URL if named, and trains on what is there while the rest is coming. A second call does only what is not done yet.
 set -euo pipefail
 DATA=${DATA:-} VAL=
 case $DATA in climbmix | c4 | tinystories) ;; ?*) DATA=$(realpath "$DATA") ;; esac
@@ -44,6 +44,13 @@ setup() {
     source "$VENV/bin/activate"
 }
 
+# End a download that nobody needs any more, and say so where it was not complete, whatever ended it.
+unload() {
+    kill "$loader" 2>/dev/null || true
+    wait "$loader" || echo "run.sh: the download is not complete: $(tail -n 1 "$log")" >&2
+    rm -f "$begun"
+}
+
 gpus() { { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true; }
 
 case ${1:-all} in
@@ -62,7 +69,16 @@ all)
     n=$(python -c 'import torch; print(torch.cuda.device_count())')
     run() { if [ "$n" -gt 1 ]; then torchrun --standalone --nproc_per_node="$n" "$@"; else python "$@"; fi; }
     case $DATA in climbmix | c4 | tinystories)
-        python data.py download --source="$DATA" --shards="${SHARDS:-1}" --mirror="${MIRROR:-}" --out="$OUT/text"
+        mkdir -p "$OUT"
+        begun=$(mktemp) log=$OUT/download.log
+        echo "downloading $DATA: $log says how far it is"
+        python data.py download --source="$DATA" --shards="${SHARDS:-1}" --mirror="${MIRROR:-}" --out="$OUT/text" >"$log" 2>&1 &
+        loader=$!
+        trap unload EXIT  # also after Ctrl-C
+        until [ "$OUT/text/source.json" -nt "$begun" ]; do  # it says what will be there
+            kill -0 $loader 2>/dev/null || exit 1
+            sleep 0.2
+        done
         DATA=$OUT/text/train VAL=$OUT/text/val ;;
     esac
     if [ -z "$DATA" ]; then

@@ -15,6 +15,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -39,6 +40,7 @@ import threading
 import time
 import tracemalloc
 import unicodedata
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -1150,7 +1152,7 @@ def test_training_shards_do_not_move_validation(tmp_path, tokenizer, monkeypatch
 
 def test_shards_hold_equal_numbers_and_refuse_strangers(tmp_path, tokenizer):
     texts = data.demo_texts(1)[:400]
-    data.write_shards(tmp_path, "train", tokenizer, "ab" * 32, texts, most=3000)
+    data.write_shards(tmp_path, "train", tokenizer, "ab" * 32, [texts], most=3000)
     paths = sorted(tmp_path.glob("train_*.bin"))
     shards = [data.open_shard(p, "ab" * 32) for p in paths]
     bos = tokenizer.special("<|bos|>")
@@ -1224,7 +1226,7 @@ def test_parquet_without_pyarrow_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_a_damaged_plan_is_made_anew(tmp_path, tokenizer):
-    data.write_shards(tmp_path, "train", tokenizer, "00" * 32, data.demo_texts(1)[:50])
+    data.write_shards(tmp_path, "train", tokenizer, "00" * 32, [data.demo_texts(1)[:50]])
     paths = sorted(tmp_path.glob("*.bin"))
 
     def first_batch():
@@ -1589,6 +1591,8 @@ class Host(http.server.BaseHTTPRequestHandler):
             for i in range(0, len(body), 1000):
                 self.wfile.write(body[i : i + 1000])
                 time.sleep(0.004)
+        elif fault[0] == "gate" and not host.gate.wait(100):
+            self.close_connection = True
         else:
             self.wfile.write(body)
 
@@ -1597,7 +1601,7 @@ class Host(http.server.BaseHTTPRequestHandler):
 def host():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
         server.files, server.faults, server.once, server.asked, server.lock = {}, [], [], [], threading.Lock()
-        server.signed, server.signatures, server.valid_from, server.daemon_threads = False, 0, 0, True
+        server.signed, server.signatures, server.valid_from, server.daemon_threads, server.gate = False, 0, 0, True, threading.Event()
         server.handle_error = lambda *_: None  # clients that leave are no news
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
@@ -1747,6 +1751,157 @@ def test_tinystories_and_the_right_words(host, tmp_path):
         list(data.read_documents("tinystories"))
 
 
+def c4_of(texts, count):
+    """`files` of a host that has C4, whose first shards are these texts in `count` parts, the first a little the shortest."""
+    cuts = [0, *(len(texts) * i // count - count + i for i in range(1, count)), len(texts)]
+    parts = [gzip.compress(jsonl({"text": t} for t in texts[a:b])) for a, b in itertools.pairwise(cuts)]
+    val = gzip.compress(jsonl({"text": t} for t in data.demo_texts(3, "val")[:20]))
+    files = {data.C4.format("train", i, 1024): part for i, part in enumerate(parts)} | {data.C4.format("validation", 0, 8): val}
+    return {url.replace("https:/", ""): body for url, body in files.items()}
+
+
+def until(true, seconds=60):
+    end = time.time() + seconds
+    while not true():
+        assert time.time() < end
+        time.sleep(0.02)
+
+
+def test_training_starts_while_text_is_coming(host, tmp_path):
+    """The first of three shards suffices to start; SIGKILL while it waits for the next; the end is as if all had been there."""
+    host.files = c4_of(data.demo_texts(1)[:240], 3)
+    fetch(host, "c4", tmp_path / "all", shards=3)
+    knobs = [*TINY, "--steps=14", "--save_every=1"]
+    of = lambda name: [f"--out={tmp_path / name}", f"--data={tmp_path / name / 'train'}", f"--val_data={tmp_path / name / 'val'}"]
+    printed = run("pretrain.py", *of("all"), *knobs)[1]
+    assert "waiting" not in printed and len(list((tmp_path / "all" / "data" / "train").glob("train_*.bin"))) == 3
+    host.faults = [("gate", "c4-train.00001"), ("gate", "c4-train.00002")]
+    mirror, text, log = f"--mirror=http://127.0.0.1:{host.server_address[1]}", tmp_path / "text", tmp_path / "log"
+    download = start("data.py", "download", "--source=c4", "--shards=3", mirror, f"--out={text}", "--patience=200", printed=tmp_path / "get")
+    until((text / "source.json").exists)
+    train = [f"--out={tmp_path / 'out'}", f"--data={text / 'train'}", f"--val_data={text / 'val'}", *knobs]
+    process = start("pretrain.py", *train, printed=log)
+    until(lambda: log.exists() and "waiting for" in log.read_text() and gpt.latest(tmp_path / "out" / "base"))
+    until(lambda: f"waiting for {tmp_path / 'out' / 'data' / 'train' / 'train_0001.bin'}" in log.read_text())
+    assert 0 < int(gpt.latest(tmp_path / "out" / "base").name[5:]) < 14 and [p.name for p in (text / "train").glob("*.gz")] == ["c4_00000.jsonl.gz"]
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    until(lambda: not data.is_locked(tmp_path / "out" / "data" / "train"), 5)  # the process beside it has ended too
+    process = start("pretrain.py", *train, printed=(log := tmp_path / "log of the second"))
+    until(lambda: log.exists() and "waiting for" in log.read_text())
+    host.gate.set()
+    process.join(100)
+    download.join(10)
+    assert process.exitcode == 0 and download.exitcode == 0 and "going on from step" in log.read_text(), log.read_text()
+    assert same(weights(tmp_path / "out" / "base"), weights(tmp_path / "all" / "base"))
+    assert losses(tmp_path / "out") == losses(tmp_path / "all")
+
+
+def test_rows_do_not_depend_on_when_their_shards_come(tmp_path, tokenizer):
+    """Shards that come while rows are drawn, over two epochs and on two ranks: the rows of a set that was complete."""
+    bos, hash = tokenizer.special("<|bos|>"), "ab" * 32
+    groups = [data.demo_texts(seed)[:40] for seed in (1, 2, 3)]
+    count = data.write_shards(tmp_path / "all", "train", tokenizer, hash, groups, 1000)
+    paths = sorted((tmp_path / "all").glob("*.bin"))
+    sizes = [sum(len(tokenizer.encode(t)) + 1 for t in group) for group in groups]
+    each = sizes[0] // -(-sizes[0] // 1000)
+    assert len(paths) == sum(sizes) // each > 5 and count == each * len(paths)  # what is dropped is less than a shard
+    (tmp_path / "all" / "meta.json").write_text('{"tokens": 1}')
+    (tmp_path / "slow").mkdir()
+    shutil.copy(paths[0], tmp_path / "slow")
+
+    def bring():
+        for path in [*paths[1:], tmp_path / "all" / "meta.json"]:
+            time.sleep(0.05)
+            data.write_whole(tmp_path / "slow" / path.name, path.read_bytes())
+
+    whole, said = data.Coming(tmp_path / "all", hash, bos, None), []
+    rows = whole.rows(32, 0)
+    with open(tmp_path / "slow" / ".lock", "w") as held, ThreadPoolExecutor() as pool:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        brought = pool.submit(bring)
+        slow = [data.Coming(tmp_path / "slow", hash, bos, said.append) for _ in range(2)]
+        for step in range(2 * rows * len(paths) // 8 + 3):
+            want = data.batch(whole, 8, 32, 0, step)[0]
+            assert torch.equal(torch.cat([data.batch(slow[r], 8, 32, 0, step, r, 2)[0] for r in range(2)]), want)
+        brought.result()
+    assert said and all(re.search("waiting for .*/slow/train_000.[.]bin", line) for line in said)
+    assert whole.place(rows * len(paths) + 1, 32, 0) == (1, 1)
+    first = [whole.row(0, i * rows, 32, 0)[0].tolist() for i in range(len(paths))]
+    tokens = [np.asarray(data.open_shard(path, hash)).tolist() for path in paths]
+    contains = lambda all, part: any(all[i : i + len(part)] == part for i in range(len(all)))
+    assert all(contains(t, row[1 : row.index(bos, 1) if bos in row[1:] else None]) for t, row in zip(tokens, first))  # in order
+
+
+def test_what_never_comes_is_given_up(host, tmp_path, monkeypatch):
+    """A download that has died is told of, with the command that goes on; one that is at work is waited for, however long."""
+    monkeypatch.setattr(data, "ABSENT", 0.3)
+    host.files = {path: body for path, body in c4_of(data.demo_texts(1)[:90], 3).items() if "train.00001" not in path}
+    with pytest.raises(SystemExit, match="c4-train.00001-of-01024.json.gz answers 404"):
+        fetch(host, "c4", tmp_path, shards=3)
+    cfg = data.PrepareConfig(str(tmp_path / "out"), data=str(tmp_path / "train"), vocab_size=400)
+    command = f"python data.py download --source=c4 --shards=3 --out={tmp_path}"
+    assert [f.name for f in data.planned(tmp_path / "train")] == [f"c4_{i:05}.jsonl.gz" for i in range(3)]
+    with pytest.raises(SystemExit, match=f"all text, to hold out .* is not there.*{command}"):
+        data.prepare(cfg, CPU)
+    file, start = tmp_path / "train" / "c4_00001.jsonl.gz", time.time()
+    with pytest.raises(SystemExit, match=f"{file} is not there, and nobody has worked on it for 0.3 s: `{command}"):
+        data.wait_for_download(tmp_path / "train", file.exists, file)
+    with open(tmp_path / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        threading.Timer(1, lambda: file.write_bytes(b"")).start()
+        data.wait_for_download(tmp_path / "train", file.exists, file)
+    assert 1.2 < time.time() - start < 5
+    assert data.planned(tmp_path) == data.planned(file) == []
+
+
+@pytest.mark.parametrize("end", ["done", "needless", "failed later", "failed at once", "interrupted"])
+def test_run_sh_joins_the_download(end, tmp_path):
+    """run.sh itself, with words in place of the stages: training begins beside the download, and neither outlives the other's use."""
+    stages = {"sft.py": "print('sft')", "rl.py": "print('rl')", "tok.rs": "", "Cargo.toml": "", "Cargo.lock": "", "pyproject.toml": ""}
+    stages |= {f"{name}.py": "" for name in ("numpy", "requests", "pytest")} | {"torch.py": "class cuda: device_count = lambda: 0"}
+    ends = {"done": "print('all there')", "needless": "time.sleep(60)", "interrupted": "time.sleep(60)"}.get(end, "sys.exit('the host is gone')")
+    stages["data.py"] = f"""
+import os, pathlib, sys, time
+print("fetching", sys.argv, flush=True)
+if {end!r} == "failed at once":
+    {ends}
+time.sleep(1)
+pathlib.Path("out/text").mkdir(parents=True)
+pathlib.Path("out/text/source.json").write_text("{{}}")
+pathlib.Path("loader").write_text(str(os.getpid()))
+while not os.path.exists("training"):
+    time.sleep(0.05)
+{ends}"""
+    stages["pretrain.py"] = f"""
+import os, sys, time
+open("training", "w")
+print("training", *sys.argv[1:], flush=True)
+time.sleep({30 if end == "interrupted" else 1})"""
+    shutil.copy(HERE / "run.sh", tmp_path)
+    for name, text in {**stages, ".venv/bin/activate": f"PATH={tmp_path}/.venv/bin:$PATH", ".venv/bin/pip": "#!/bin/sh"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"')
+    for name in ("pip", "python"):
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+    (tmp_path / ".venv/tok.sum").write_text(subprocess.run(["cksum"], input="", capture_output=True, text=True).stdout)
+    environment = {**os.environ, "DATA": "c4", "SHARDS": "3", "OUT": "out", "MIRROR": "http://here"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    process = subprocess.Popen(["bash", tmp_path / "run.sh"], env=environment, **pipes)
+    if end == "interrupted":
+        until((tmp_path / "training").exists)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    printed, log = process.communicate(timeout=25)[0], (tmp_path / "out" / "download.log").read_text()
+    assert "fetching ['data.py', 'download', '--source=c4', '--shards=3', '--mirror=http://here', '--out=out/text']" in log
+    assert (process.returncode == 0) == ("done: the report" in printed) == (end not in ("failed at once", "interrupted"))
+    assert ("training --out=out --data=out/text/train --val_data=out/text/val" in printed) == (end != "failed at once")
+    assert ("the download is not complete" in printed) == (end != "done") and ("host is gone" in printed) == ("failed" in end), printed
+    if end != "failed at once":
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "loader").read_text()), 0)
+
+
 def test_documents_in_a_text_longer_than_a_block(tmp_path):
     texts = ["a" * 5_000_000, "b\n" * 3_000_000, "c", "d" * 100 + "\n"]
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
@@ -1777,7 +1932,7 @@ def test_cleaning_finds_what_was_planted(tmp_path, tokenizer, capsys):
     for size in (10**4, 10**9):
         cleaner = data.Cleaner(str(tmp_path / "task"))
         assert sorted(cleaner.clean(iter(documents), size)) == sorted(good + almost)
-        assert cleaner.dropped == {rule: len(planted[rule]) for rule in data.RULES} and cleaner.kept == 302
+        assert cleaner.dropped == {rule: len(planted[rule]) for rule in data.RULES if rule != "near"} | {"near": 0} and cleaner.kept == 302
     (tmp_path / "text.jsonl").write_bytes(jsonl({"text": text} for text in documents))
     (tmp_path / "val.txt").write_text(good[0])
     tokenizer.save(str(tmp_path / "out" / "tokenizer"))
@@ -1789,9 +1944,78 @@ def test_cleaning_finds_what_was_planted(tmp_path, tokenizer, capsys):
     page, printed = (tmp_path / "out" / "report.html").read_text(), capsys.readouterr().out
     assert "302 documents kept" in page and "&lt;%$#@!&gt;" in page and "302 of 311 documents kept" in printed and "| too short" in printed
     assert all(re.search(rf"{rule} +{len(texts)} dropped", printed) for rule, texts in planted.items())
-    cfg.clean = False
+    cfg.near_duplicates = True
     with pytest.raises(SystemExit, match="choose another --out=DIR"):
         data.prepare(cfg, CPU)
+    cfg.clean = False
+    with pytest.raises(SystemExit, match="add --clean=1"):
+        data.prepare(cfg, CPU)
+    cfg.evaluations, cfg.near_duplicates = "", False
+    with pytest.raises(SystemExit, match="choose another --out=DIR"):
+        data.prepare(cfg, CPU)
+
+
+def sets_of_similarity(rng, share, size, pairs):
+    """(numbers, owner) of `pairs` sets, and of another for each that has this Jaccard similarity with it."""
+    common = round(size * 2 * share / (1 + share))
+    pool = rng.integers(0, 2**63, (pairs, 2 * size), dtype=np.uint64)
+    twins = np.concatenate([pool[:, :size], pool[:, size - common : 2 * size - common]])
+    return twins.ravel(), np.repeat(np.arange(2 * pairs), size), common / (2 * size - common)
+
+
+@pytest.mark.parametrize("size", [15, 90, 3000])
+def test_sketches_agree_as_the_sets_do(size):
+    """The mean is the similarity, and the error is that of 128 hashes (or less), however few numbers a set has."""
+    for share in (0.3, 0.8):
+        runs, owner, similarity = sets_of_similarity(np.random.default_rng(size), share, size, 200)
+        sketches = data.sketch(runs, owner, 400)
+        agree = (sketches[:200] == sketches[200:]).mean(1)
+        spread = math.sqrt(similarity * (1 - similarity) / 128)
+        assert abs(agree.mean() - similarity) < 4 * spread / math.sqrt(200) + 0.004 and agree.std() < 1.25 * spread
+
+
+def test_near_duplicates_are_found_as_often_as_said():
+    for share, least, most in ((0.7, 0, 0.02), (0.8, 0.4, 0.6), (0.85, 0.88, 0.97), (0.9, 0.99, 1)):
+        runs, owner, similarity = sets_of_similarity(np.random.default_rng(3), share, 1000, 400)
+        near = data.Recent().add(data.sketch(runs, owner, 800))
+        assert abs(similarity - share) < 0.002 and not near[:400].any() and least <= near[400:].mean() <= most
+
+
+def test_the_window_of_near_duplicates_is_bounded(monkeypatch):
+    """What lies further back than the window is forgotten; how documents are cut into calls makes no difference."""
+    assert sum(a.nbytes for a in (data.Recent().sketches, data.Recent().last)) < 257 * 2**20
+    monkeypatch.setattr(data.Recent, "WINDOW", 50)
+    monkeypatch.setattr(data.Recent, "PART", 16)
+    sketches = np.random.default_rng(0).integers(0, 256, (400, 128), dtype=np.uint8)
+    sketches[200:220] = sketches[150:170]  # 50 back
+    sketches[265:275] = sketches[220:230]  # 45 back
+    sketches[351:] = sketches[300:349]  # 51 back
+    sketches[7] = sketches[6]
+    for cuts in ([], range(400), [3, 140, 200, 260]):
+        recent = data.Recent()
+        near = np.concatenate([recent.add(part) for part in np.split(sketches, cuts)])
+        assert near.nonzero()[0].tolist() == [7, *range(200, 220), *range(265, 275)]
+
+
+def test_near_duplicates_are_dropped_where_asked(tmp_path):
+    rng = random.Random(5)
+    words = lambda n: [f"{rng.choice('bcdfgk')}{rng.choice('aeiou')}{rng.randrange(9999)}" for _ in range(n)]
+    texts = [words(20 if i < 10 else rng.randint(20, 400)) for i in range(300)]
+    long = words(300)
+    other = long[:50] + words(20) + long[50:]  # of similarity 0.91
+    short = [*texts[0][:10], "so", *texts[0][11:]]  # one word in 20, and 5 of 16 runs are others
+    wordless = ["".join(rng.choices("abcdefghijklmnop", k=200)) for _ in range(2)]
+    documents = [" ".join(t) for t in [*texts, long, short, other]]
+    documents += [", ".join(texts[7]).upper(), *wordless]
+    for size in (2000, 10**7):
+        cleaner = data.Cleaner(near=True)
+        assert list(cleaner.clean(documents, size)) == [d for i, d in enumerate(documents) if i not in (302, 303)]
+        assert cleaner.dropped["near"] == 2 and [e[:20] for e in cleaner.examples["near"]] == [documents[i][:20] for i in (302, 303)]
+    assert list(data.Cleaner().clean(documents)) == documents
+    (tmp_path / "item.jsonl").write_bytes(jsonl([" ".join(long[100:113])]))
+    almost = " ".join([*long[:106], "so", *long[107:]])  # what was dropped itself drops nothing else
+    assert list(data.Cleaner(str(tmp_path), near=True).clean([" ".join(long), almost])) == [almost]
+    assert data.word_numbers([b"One two", b"", b"TWO"])[0].tolist() == [zlib.crc32(w) for w in (b"one", b"two", b"two")]  # in any process
 
 
 def test_a_set_of_numbers_takes_16_bytes_each():
@@ -2547,8 +2771,6 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 def test_one_writer_a_folder(tiny_run):
-    import fcntl
-
     with open(tiny_run / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         code, printed = run("sft.py", f"--out={tiny_run}", *TINY_SFT, check=False)
