@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# bash run.sh          set up this machine and train a chat model: the demo, or with DATA one sized for this machine
+# bash run.sh          set up this machine and train a chat model: on GPUs the speedrun, sized by them; elsewhere the demo
 # bash run.sh test     set up and run the tests
 # bash run.sh serve    set up and start the chat page
 # Further words go to the program: `bash run.sh serve --port=9000`, `bash run.sh test -k muon`.
-# OUT=DIR is the run's folder (out). DATA=PATH trains on your own text; DATA=climbmix (or c4, tinystories) downloads SHARDS=N of it,
-# from MIRROR=URL if named, and trains on what is there while the rest is coming. A second call does only what is not done yet.
+# OUT=DIR is the run's folder (out). DATA=demo is the demo on GPUs too. DATA=PATH trains on your own text; DATA=climbmix (or c4, tinystories) downloads SHARDS=N of it,
+# from MIRROR=URL if named, and trains on what is there while the rest is coming. On GPUs HOURS=2.5 or DEPTH=24 sizes the model.
+# A second call does only what is not done yet.
 set -euo pipefail
 DATA=${DATA:-} VAL=
-case $DATA in climbmix | c4 | tinystories) ;; ?*) DATA=$(realpath "$DATA") ;; esac
+case $DATA in climbmix | c4 | tinystories | demo) ;; ?*) DATA=$(realpath "$DATA") ;; esac
 cd "$(dirname "$0")"
 OUT=${OUT:-out} VENV=$PWD/.venv
 
@@ -68,7 +69,20 @@ all)
     setup
     n=$(python -c 'import torch; print(torch.cuda.device_count())')
     run() { if [ "$n" -gt 1 ]; then torchrun --standalone --nproc_per_node="$n" "$@"; else python "$@"; fi; }
+    # 8 tokens for each weight, as the models read that reached GPT-2's CORE in the least time
+    recipe=(--seq_len=2048 --vocab_size=32768 --horizon=8 --compile=1 --depth="${DEPTH:-0}" --hours="${HOURS:-2.5}")
+    if [ "$n" -gt 0 ] && [ "$DATA" != demo ]; then
+        # a card whose speed is not known ends this with a line that says so
+        if plan=$(python pretrain.py "${recipe[@]}" --plan=here); then
+            echo "$plan"
+            DATA=${DATA:-climbmix} SHARDS=${SHARDS:-$(awk '/shards$/ {print $(NF - 1)}' <<<"$plan")}
+        elif [ -n "$DATA" ] && [ -z "${DEPTH:-}" ]; then
+            fail "DEPTH=12 would name a depth"
+        fi
+    fi
+    public=
     case $DATA in climbmix | c4 | tinystories)
+        public=1
         mkdir -p "$OUT"
         begun=$(mktemp) log=$OUT/download.log
         echo "downloading $DATA: $log says how far it is"
@@ -76,22 +90,32 @@ all)
         loader=$!
         trap unload EXIT  # also after Ctrl-C
         until [ "$OUT/text/source.json" -nt "$begun" ]; do  # it says what will be there
-            kill -0 $loader 2>/dev/null || exit 1
+            kill -0 $loader 2>/dev/null || fail "nothing can be downloaded; DATA=demo bash run.sh needs no network"
             sleep 0.2
         done
         DATA=$OUT/text/train VAL=$OUT/text/val ;;
     esac
-    if [ -z "$DATA" ]; then
-        # the demo: three layers learn the embedded world, in minutes on a CPU; more GPUs would not help
+    if [ -z "$DATA" ] || [ "$DATA" = demo ]; then
+        # three layers learn the embedded world, in minutes on a CPU; more GPUs would not help
         n=0
         run pretrain.py --out="$OUT" --depth=3 --seq_len=256 --batch_tokens=4096 --steps=300
     elif [ "$n" = 0 ]; then
         run pretrain.py --out="$OUT" --data="$DATA" --val_data="$VAL" --depth=4 --vocab_size=4096 --steps=1000 --compile=1
     else
-        run pretrain.py --out="$OUT" --data="$DATA" --val_data="$VAL" --depth=12 --seq_len=1024 --vocab_size=32768 --window_pattern=SSSL --compile=1
+        run pretrain.py --out="$OUT" --data="$DATA" --val_data="$VAL" "${recipe[@]}" --save_every=500 --eval_every=500 --sample_every=500 --eval_rows=2000
     fi
-    run sft.py --out="$OUT"
-    run rl.py --out="$OUT"
+    if [ "$n" -gt 0 ] && [ -n "$public" ]; then
+        # what cannot be had is named, and the rest goes on without it
+        for source in slimorca ultrachat oasst2 dolly gsm8k mmlu core; do
+            python data.py download --source=$source --mirror="${MIRROR:-}" --out="$OUT/chats" || echo "run.sh: going on without $source" >&2
+        done
+        run evals.py --out="$OUT" --stage=base --core="$OUT/chats" || echo "run.sh: going on without CORE" >&2
+        run sft.py --out="$OUT" --mix="$OUT/chats" --chats=4000 --steps=500 --batch_rows=64 --micro_rows=4 --compile=1
+        run rl.py --out="$OUT" --task=gsm8k --files="$OUT/chats" --tasks=gsm8k --max_tokens=256 --problems=32 --samples=16 --micro_rows=8
+    else
+        run sft.py --out="$OUT"
+        run rl.py --out="$OUT"
+    fi
     echo "done: the report is $OUT/report.html; chat with 'bash run.sh serve' or '.venv/bin/python sample.py --out=$OUT'"
     ;;
 *)
