@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from data import DEMO, adopt_tokenizer, batch, chat_set, conversations, load_tokenizer, mixture, prepare
-from data import read_conversations, render, task_names
+from data import PrepareConfig, read_conversations, render, task_names
 from evals import record, run_tasks, task_figures
 from gpt import Patience, command, compile_model, find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, parent_hash, save_checkpoint, start_machine, trim_metrics
@@ -125,7 +125,7 @@ def main(argv):
         read = json.loads((latest(f"{home}/{cfg.init}") / "state.json").read_text())["config"]
         if "vocab_size" not in read:
             raise SystemExit(f"{home}/{cfg.init} was not trained on text: name a base model with --init, or set --text=0")
-        sources = [(prepare(SimpleNamespace(**{**read, "out": home}), machine)[2], texts), (train, cfg.batch_rows - texts)]
+        sources = [(prepare(SimpleNamespace(**vars(PrepareConfig()) | read | {"out": home}), machine)[2], texts), (train, cfg.batch_rows - texts)]
     rows = train.rows(T, cfg.seed)
     machine.print(f"{'fine-tuning' if cfg.stage == 'sft' else 'mid-training'}: {len(chats):,} conversations in {rows:,} rows of {T} tokens, {machine.describe()}")
     epochs = cfg.steps * sources[-1][1] / rows
