@@ -1882,8 +1882,9 @@ class HumanEval(Task):
         blocks, whole = re.findall(r"```[\w+-]*[ \t]*\n(.*?)(?:```|\Z)", text, re.DOTALL), rf"def {row['entry_point']}\b"
         code = next((block for block in blocks if re.search(whole, block)), blocks[0] if blocks else text).strip("\n")
         if re.search(whole, code):
-            start = not blocks and re.search(r"^(?:from |import |@|def |class |async )", code, re.MULTILINE)  # behind what is said before it
-            return [(row["prompt"] + "\n    pass\n\n", code[start.start() if start else 0 :])]  # the prompt brings imports and helpers
+            start = re.search(r"^(?:from |import |@|def |class |async )", code, re.MULTILINE)  # there may be words before it
+            head = row["prompt"] + "\n    pass\n\n"  # brings imports and helpers
+            return [(head, code), (head, code[start.start() if start else 0 :])]
         body = code[:1].isspace() and code or f"    {code}"  # its first line may have lost its indentation, or all of them
         return [(row["prompt"], body), (row["prompt"], "\n".join(f"    {line}" for line in code.split("\n")))]
 

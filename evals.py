@@ -4,6 +4,9 @@ Evaluations: bits per byte, tasks answered by generating, and the report of a ru
     python evals.py                                    # every task on the last stage in out/
     python evals.py --stage=sft --tasks=facts,counting --count=500 --seed=7
     python evals.py --tasks=gsm8k,mmlu,arc_easy,arc_challenge --files=DIR      # public tasks, from their own files
+    python evals.py --tasks=humaneval --files=DIR --run_code=1                 # runs what the model writes: see sandbox.py
+    python evals.py --tasks=gsm8k --files=DIR --samples=16 --temperature=0.8   # pass@k
+    python evals.py --tasks=chatcore --files=DIR --run_code=1                  # ChatCORE: the mean over six tasks
     python evals.py --stage=base --text=FILE           # bits per byte of any text
     python evals.py --stage=base --core=DIR            # CORE, from `python data.py download --source=core --out=DIR`
     torchrun --nproc_per_node=8 evals.py --stage=base --core=DIR --count=500   # an estimate of it
@@ -22,6 +25,7 @@ import os
 import platform
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +33,7 @@ import numpy as np
 import torch
 
 import gpt
-from data import DEMO, RULES, SPECIALS, TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, question
+from data import DEMO, RULES, SPECIALS, TASKS, HumanEval, TokenSet, batch, encode_documents, load_tokenizer, parse, question
 from data import read_documents, read_lines, task_names, visible
 from gpt import KVCache, command, latest, load_model, override, start_machine, write_whole
 from sample import Engine, Params, common
@@ -61,14 +65,62 @@ def bits_per_byte(model, tokenizer, val, machine, micro_rows=16, rows=0):
 
 
 # -----------------------------------------------------------------------------
-# Generative tasks
+# Tasks
 
 
-def run_tasks(model, tokenizer, machine, names, count, files="", seed=0, split="test", slots=64):
+def wilson(share, n, z=1.96):
+    """The 95% confidence interval of a share of n items (Wilson 1927), within 0 and 1 also where all or none are right.
+
+    >>> [round(bound, 3) for bound in wilson(0.9, 10)]
+    [0.596, 0.982]
+
+    Of means of several answers an item it is wider than need be: they vary less than a yes or no.
+    """
+    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
+
+
+def pass_at(n, right, k):
+    """The chance that one of k answers is right, without bias from n answers of which so many are (Chen et al. 2021).
+
+    >>> pass_at(4, 1, 2)
+    0.5
+    """
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def centred_mean(scores):
+    """The mean of (accuracy - chance) / (1 - chance) over [(accuracy, items, chance)], and half of its 95% interval.
+
+    The interval is that of the sampling of items, each task by itself; that the tasks were chosen it knows nothing of.
+    """
+    centred = [(accuracy - chance) / (1 - chance) for accuracy, _, chance in scores]
+    variance = sum(accuracy * (1 - accuracy) / n / (1 - chance) ** 2 for accuracy, n, chance in scores)
+    return sum(centred) / max(1, len(centred)), 1.96 * math.sqrt(variance) / max(1, len(centred))
+
+
+# what a chat model is summed up by, and what guessing gets (some questions of ARC have three or five choices)
+CHATCORE = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0, "counting": 0.0}
+
+
+def askable(names, split, seed, files):
+    """Which of these tasks have their items at hand, and why the others have not: ([name], {name: why})."""
+    missing = {}
+    for name in names:
+        try:
+            TASKS[name].items(split, seed, 1, files)
+        except SystemExit as error:
+            missing[name] = error
+    return [name for name in names if name not in missing], missing
+
+
+def run_tasks(model, tokenizer, machine, names, count, files="", seed=0, split="test", slots=64, samples=1, temperature=0.0):
     """Answer `count` items of each task greedily, of multiple choice with the likeliest letter, and grade them:
-    {name: (accuracy, items, some answers)}.
+    {name: (accuracy, items, some answers, pass@k)}.
 
-    Ranks take every world-th item. All ranks call it and get the same figures.
+    With `samples` above 1 and a temperature, each item is answered so often, but for multiple choice; accuracy is then the
+    mean over all answers, and pass@k is {k: share of items that one of k answers solves}. Ranks take every world-th
+    item. All ranks call it and get the same figures.
     """
     engine, results = Engine(model, tokenizer, slots), {}
     for name in names:
@@ -76,14 +128,22 @@ def run_tasks(model, tokenizer, machine, names, count, files="", seed=0, split="
         items = task.items(split, seed, count, files)
         mine = items[machine.rank :: machine.world]
         prompts = [question(item, tokenizer, engine.cache.length, task.max_tokens) for item in mine]
+        n = 1 if items and "letters" in items[0] else samples  # answers an item
         if items and "letters" in items[0]:
             texts = best_letters(model, tokenizer, prompts, [item["letters"] for item in mine], machine.device)
         else:
-            done = engine.generate(prompts, Params(max_tokens=task.max_tokens))
+            seeds = ((seed * 10**6 + machine.rank + i * machine.world) * 10**4 + s for i in range(len(mine)) for s in range(n))
+            params = [Params(max_tokens=task.max_tokens, temperature=temperature, seed=number) for number in seeds]
+            done = engine.generate([prompt for prompt in prompts for _ in range(n)], params)
             texts = [visible(parse(r.ids, tokenizer)) for r in done]
-        grades = [task.grade(item, text) for item, text in zip(mine, texts)]
-        shown = [(item["messages"][-1]["content"], text, item["answer"], grade) for item, text, grade in zip(mine, texts, grades)]
-        results[name] = machine.sum(sum(grades)) / max(1, len(items)), len(items), shown[:8]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # where a grade is a program's run, it is another process that works
+            grades = list(pool.map(task.grade, [item for item in mine for _ in range(n)], texts))
+        right = [sum(grade == 1 for grade in grades[i : i + n]) for i in range(0, len(grades), n)]
+        tries = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < n} | {n}) if n > 1 else []
+        passes = {k: machine.sum(sum(pass_at(n, c, k) for c in right)) / max(1, len(items)) for k in tries}
+        told = zip(mine, texts[::n], grades[::n])
+        shown = [(item["messages"][-1]["content"], text, item["answer"], grade) for item, text, grade in told]
+        results[name] = machine.sum(sum(grades)) / max(1, len(items) * n), len(items), shown[:8], passes
     return results
 
 
@@ -321,16 +381,17 @@ def run_core(model, tokenizer, machine, folder, cache, count=0):
         note = f", {cut} texts were cut to {model.cfg.seq_len} tokens" if cut else ""
         score = f"{accuracy:7.2%} of {len(right):6,}   centred {results[label][2]:+.4f}"
         machine.print(f"{label:33}{score}   {time.time() - start:.1f} s{note}")
-    mean = sum(centred for *_, centred in results.values()) / max(1, len(results))
+    guesses = {label: guess / 100 for label, _, _, _, _, guess, _ in CORE}
+    mean, half = centred_mean([(*result[:2], guesses[label]) for label, result in results.items()])
     if missing:
         names = ", ".join(f"{label} ({file})" for label, file in missing)
         machine.print(f"missing: {names}; `python data.py download --source=core` has them")
         machine.print(f"so there is no CORE; the mean of the {len(results)} centred accuracies there are is {mean:.4f}")
     elif count:
-        machine.print(f"CORE, estimated from at most {count} items a task: {mean:.4f}")
+        machine.print(f"CORE, estimated from at most {count} items a task: {mean:.4f} ± {half:.4f}")
     else:
-        machine.print(f"CORE: {mean:.4f}")
-    return results, None if missing or count else mean
+        machine.print(f"CORE: {mean:.4f} ± {half:.4f}")
+    return results, None if missing or count else {"CORE": mean, "ci/CORE": half}
 
 
 # -----------------------------------------------------------------------------
@@ -502,11 +563,14 @@ summary {{ cursor: pointer; margin: .4rem 0; }}
 class Config:
     out: str = "out"  # folder of the run
     stage: str = ""  # base, sft or rl; empty is the last there is
-    tasks: str = DEMO  # names with commas between
+    tasks: str = DEMO  # names with commas between; or chatcore, the mean over six of them
     files: str = ""  # folder of the public tasks' own files, such as gsm8k_test.jsonl
-    count: int = -1  # items a task, 0 is all; -1 is 500, and all of CORE
+    count: int = -1  # items a task, 0 is all; -1 is 500, and all of CORE and ChatCORE
     seed: int = 0  # another seed, other items
     split: str = "test"  # test or train
+    samples: int = 1  # answers an item; several give pass@k
+    temperature: float = 0.0  # of sampling them; 0 takes the likeliest token
+    run_code: bool = False  # run what the model writes, which humaneval needs; sandbox.py says what holds then
     slots: int = 64  # answers generated at once
     show: int = 3  # answers printed a task
     core: str = ""  # folder of the CORE bundle: instead of tasks, the CORE metric
@@ -526,7 +590,12 @@ def main(argv):
             raise SystemExit(f"no {path} yet; `bash run.sh` makes one")
         write_whole(Path(cfg.out) / "report.html", page(cfg.out, json.loads(path.read_text())))
         return
-    names = task_names(cfg.tasks)
+    chat, HumanEval.allowed = cfg.tasks == "chatcore", cfg.run_code
+    names, missing = askable(CHATCORE, cfg.split, cfg.seed, cfg.files) if chat else (task_names(cfg.tasks), {})
+    if cfg.samples < 1 or (cfg.samples > 1 and cfg.temperature <= 0):
+        raise SystemExit("--samples is 1 or more, and several answers to an item need --temperature above 0 to differ")
+    if chat and (cfg.split != "test" or cfg.samples > 1):
+        raise SystemExit("ChatCORE is one answer to each test item: leave --split and --samples as they are")
     stage = cfg.stage or next((s for s in ("rl", "sft", "base") if latest(f"{cfg.out}/{s}")), "base")
     tokenizer, hash = load_tokenizer(cfg.out)
     model, state = load_model(f"{cfg.out}/{stage}", machine, hash)
@@ -540,14 +609,37 @@ def main(argv):
         machine.print(f"{path}: CORE, from {cfg.core}")
         results, core = run_core(model, tokenizer, machine, cfg.core, found / "core.json", max(0, cfg.count))
         figures = task_figures({f"core {label}": result for label, result in results.items()})
-        return record(cfg.out, machine, stage, figures | ({"CORE": core} if core is not None else {}))
-    cfg.count = {-1: 500, 0: 2**31}.get(cfg.count, cfg.count)
+        return record(cfg.out, machine, stage, figures | (core or {}))
     machine.print(f"{cfg.out}/{stage} step {state['step']}, {cfg.split} items of seed {cfg.seed}")
-    results = run_tasks(model.to(machine.dtype), tokenizer, machine, names, cfg.count, cfg.files, cfg.seed, cfg.split, cfg.slots)
-    for name, (accuracy, n, shown) in results.items():
-        machine.print(f"{name:12} {accuracy:6.1%} of {n}")
+    model, results = model.to(machine.dtype), {}
+    knobs = {"split": cfg.split, "slots": cfg.slots, "samples": cfg.samples, "temperature": cfg.temperature}
+    for name in names:
+        endless = name in (*DEMO.split(","), "polite")  # the demo's items are made up
+        few = cfg.count if cfg.count > 0 else 2**31 if (chat or cfg.count == 0) and not endless else 500
+        results |= run_tasks(model, tokenizer, machine, [name], few, cfg.files, cfg.seed, **knobs)
+        accuracy, n, shown, passes = results[name]
+        if not n:
+            raise SystemExit(f"there are no {cfg.split} items of {name}")
+        low, high = wilson(accuracy, n)
+        more = "".join(f"   pass@{k} {share:.1%}" for k, share in passes.items())
+        machine.print(f"{name:13} {accuracy:6.1%} of {n:,} ({low:.1%} to {high:.1%}){more}")
         for question, text, answer, grade in shown[: cfg.show]:
             machine.print(f"   {'right' if grade == 1 else 'wrong'} | {question} -> {text!r} (expected {answer})")
+    if chat:
+        chatcore(cfg, machine, stage, results, missing)
+
+
+def chatcore(cfg, machine, stage, results, missing):
+    """Print ChatCORE, and record it where all of its tasks were answered in full."""
+    mean, half = centred_mean([(*result[:2], CHATCORE[name]) for name, result in results.items()])
+    if missing:
+        machine.print("missing: " + "; ".join(f"{name} ({why})" for name, why in missing.items()))
+        machine.print(f"so there is no ChatCORE; the mean of the {len(results)} centred accuracies there are is {mean:.4f}")
+    elif cfg.count > 0:
+        machine.print(f"ChatCORE, estimated from at most {cfg.count} items a task: {mean:.4f} ± {half:.4f}")
+    else:
+        machine.print(f"ChatCORE: {mean:.4f} ± {half:.4f}")
+        record(cfg.out, machine, stage, task_figures(results) | {"ChatCORE": mean, "ci/ChatCORE": half})
 
 
 if __name__ == "__main__":

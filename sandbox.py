@@ -174,8 +174,7 @@ def judge():
         def ask(value):
             try:
                 solver.stdin.write(json.dumps(value).encode() + b"\n"), solver.stdin.flush()
-                said = solver.stdout.readline(FILE)
-                answer = json.loads(said) if said.endswith(b"\n") else None
+                answer = json.loads(solver.stdout.readline(FILE))  # of a longer one, what is read is no JSON
                 kind, value = answer["kind"], unpack(answer["value"])
             except (OSError, ValueError, TypeError, KeyError, StopIteration, RecursionError, AttributeError, MemoryError):
                 raise Gone("it ended, or sent no value")

@@ -2180,11 +2180,11 @@ def test_core_equals_a_plain_reference(tokenizer, tmp_path, capsys, monkeypatch)
             accuracy = sum(want) / len(want)
             assert results[label] == pytest.approx((accuracy, 8, (100 * accuracy - guess) / (100 - guess)))
             seen |= {accuracy}
-        assert len(seen) > 1 and core == pytest.approx(np.mean([r[2] for r in results.values()]))
+        assert len(seen) > 1 and core["CORE"] == pytest.approx(np.mean([r[2] for r in results.values()]))
         cut = [entry["cut"] for entry in kept.values()]
         assert (sum(cut) > 0) == (seq_len == 40)
     printed = capsys.readouterr().out
-    assert f"CORE: {core:.4f}" in printed and "cut to 40 tokens" in printed
+    assert f"CORE: {core['CORE']:.4f} ± " in printed and "cut to 40 tokens" in printed
 
 
 def test_core_needs_all_of_its_tasks(tokenizer, tmp_path, capsys, monkeypatch):
@@ -2244,6 +2244,89 @@ def test_greedy_scores_take_exact_continuations_only():
     assert evals.core_scores(model, spans, "cpu", True) == [float(n % 3 > 0) for n in range(12)]
 
 
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
+    for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if c <= n and k <= n:
+            draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert evals.pass_at(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_intervals_hold_their_share():
+    assert evals.wilson(0.9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)  # as R's prop.test without correction has it
+    assert evals.wilson(0.0, 10) == pytest.approx((0, 0.2775), abs=1e-4) and evals.wilson(1.0, 10)[1] == 1
+    rng = np.random.default_rng(1)
+    for p, n in ((0.02, 100), (0.5, 30), (0.9, 500)):
+        bounds = [evals.wilson(k / n, n) for k in rng.binomial(n, p, 2000)]
+        assert 0.92 < np.mean([low <= p <= high for low, high in bounds]) < 0.98
+    draws = rng.binomial([40, 90], [0.4, 0.7], (2000, 2)) / [40, 90]
+    found = [evals.centred_mean([(a, 40, 0.25), (b, 90, 0.0)]) for a, b in draws]
+    assert np.mean([abs(mean - (0.2 + 0.7) / 2) < half for mean, half in found]) == pytest.approx(0.95, abs=0.02)
+
+
+def test_several_answers_an_item(chatty, tokenizer, monkeypatch):
+    seen = collections.defaultdict(list)
+
+    class Even(data.Task):
+        max_tokens = 6
+
+        def items(split, seed, count, files=""):
+            return [{"messages": [{"role": "user", "content": f"Say {i}."}], "answer": i} for i in range(count)]
+
+        def grade(item, text):
+            seen[item["answer"]].append(text)
+            return float(len(text) % 2 == 0)
+
+    monkeypatch.setitem(data.TASKS, "even", Even)
+    accuracy, n, shown, passes = evals.run_tasks(chatty, tokenizer, CPU, ["even"], 12, samples=6, temperature=1.0)["even"]
+    assert n == 12 and len(shown) == 8 and sorted(map(len, seen.values())) == [6] * 12 and list(passes) == [1, 2, 4, 6]
+    right = [[len(text) % 2 == 0 for text in seen[i]] for i in range(12)]
+    assert accuracy == pytest.approx(np.mean(right)) == pytest.approx(passes[1]) and 0 < accuracy < 1
+    assert passes[6] == pytest.approx(np.mean([any(r) for r in right])) and passes[1] < passes[2] < passes[6]
+    assert len({text for texts in seen.values() for text in texts}) > 20
+    again = evals.run_tasks(chatty, tokenizer, CPU, ["even"], 12, samples=6, temperature=1.0, seed=1)["even"]
+    assert again[3] != passes and evals.run_tasks(chatty, tokenizer, CPU, ["even"], 3)["even"][3] == {}
+
+
+def write_chat_tasks(folder):
+    """Files of all of ChatCORE's tasks that need some, with a few items each."""
+    write_gsm8k(folder, 3)
+    (folder / "HumanEval.jsonl").write_bytes(jsonl([SUCCESSOR, PAIR]))
+    (folder / "data" / "test").mkdir(parents=True)
+    (folder / "data" / "test" / "law_test.csv").write_text("Why?,u,v,w,x,B\nHow?,1,2,3,4,D\n")
+    (folder / "eval_data" / "world_knowledge").mkdir(parents=True)
+    for part in ("easy", "challenge"):
+        (folder / "eval_data" / "world_knowledge" / f"arc_{part}.jsonl").write_bytes(jsonl([{"query": "Why?", "choices": list("uvwx"), "gold": 1}]))
+
+
+def test_chatcore_needs_all_of_its_tasks(tiny_run, tmp_path, monkeypatch, capsys):
+    write_chat_tasks(tmp_path)
+    out, few = shutil.copytree(tiny_run, tmp_path / "out"), data.Counting.items
+    monkeypatch.setattr(data.Counting, "items", lambda split, seed, count, files="": few(split, seed, min(count, 4)))
+    monkeypatch.setattr(data.HumanEval, "allowed", False)
+    before = (out / "report.json").read_text()
+
+    def call(*knobs):
+        evals.main([f"--out={out}", "--tasks=chatcore", f"--files={tmp_path}", "--device=cpu", "--dtype=float32", "--show=0", *knobs])
+        return capsys.readouterr().out
+
+    printed = call("--count=1")
+    assert "missing: humaneval (the task humaneval runs code" in printed and "so there is no ChatCORE" in printed and "ChatCORE:" not in printed
+    printed = call("--count=1", "--run_code=1")
+    assert "ChatCORE, estimated from at most 1 items a task" in printed and "ChatCORE:" not in printed
+    assert (out / "report.json").read_text() == before
+    printed = call("--run_code=1")
+    report = json.loads((out / "report.json").read_text())["stages"]["rl"]
+    share = {name: report[f"accuracy/{name}"] for name in evals.CHATCORE}
+    want = np.mean([(share[name] - (name[:3] in ("arc", "mml")) / 4) / (0.75 if name[:3] in ("arc", "mml") else 1) for name in share])
+    assert report["ChatCORE"] == pytest.approx(want) and f"ChatCORE: {want:.4f} ± " in printed
+    assert [report[f"n/{name}"] for name in evals.CHATCORE] == [1, 1, 2, 3, 2, 4] and "ChatCORE" in (out / "report.html").read_text()
+    assert "pass@2" in call("--tasks=gsm8k", "--samples=2", "--temperature=1", "--count=2")
+    bad = {"leave --split": ["--split=train"], "as they are": ["--samples=2", "--temperature=1"], "--run_code=1` allows it": ["--tasks=humaneval"]}
+    for message, knobs in (bad | {"--temperature above 0": ["--tasks=gsm8k", "--samples=3"]}).items():
+        with pytest.raises(SystemExit, match=message):
+            call(*knobs)
+
+
 SUCCESSOR = {
     "task_id": "Own/0",
     "prompt": 'import math\n\n\ndef twice(x):\n    return 2 * x\n\n\ndef successor(x):\n    """The next integer.\n    >>> successor(1)\n    2\n    """\n',
@@ -2270,7 +2353,7 @@ def test_answers_with_code_in_all_forms_are_judged():
     loop = "    for i in range(1):\n        x += 1\n    return x"
     right = [body, "return x + 1", loop, loop.strip(), "for i in range(1):\n    x += 1\nreturn x", f"Sure.\n```python\n{body}```\nThat is all!"]
     whole = "def successor(x):\n    return math.ceil(twice(x) / 2) + 1"
-    right += [whole, f"Here it is:\n{whole}\nIt adds 1, as asked.", f"```\nONE = 1\n{whole[:-1]}ONE\n```", f"```\nno code\n```\n```python\n{whole}", body + "\n\nThis adds one."]
+    right += [whole, f"ONE = 1\n{whole[:-1]}ONE", f"Here it is:\n{whole}\nIt adds 1, as asked.", f"```\nONE = 1\n{whole[:-1]}ONE\n```", f"```\nno code\n```\n```python\n{whole}", body + "\n\nThis adds one."]
     wrong = ["pass", "return None", "return x", "", "I do not know.", "def other(x):\n    return x + 1", "def successor(x):\n    return x +"]
     assert [passes(SUCCESSOR, text)[0] for text in right] == [True] * len(right)
     assert not any(passes(SUCCESSOR, text)[0] for text in wrong)
@@ -2311,7 +2394,7 @@ LIES = {
 def test_only_what_passed_its_test_passes(lie):
     start = time.time()
     passed, why, _ = passes(SUCCESSOR, LIES[lie], seconds=2)
-    assert not passed and why and time.time() - start < 20
+    assert not passed and why and time.time() - start < 12
     lenient = SUCCESSOR | {"test": "def check(candidate):\n    try:\n        candidate(1)\n    except Exception:\n        pass\n"}
     if lie.startswith(("exits", "never", "sleeps", "too large")):  # not even where the test catches what is raised
         assert not passes(lenient, LIES[lie], seconds=2)[0]
