@@ -2064,6 +2064,63 @@ class Gsm8k(Task):
         return float(Gsm8k.number(text) == item["answer"])
 
 
+class HumanEval(Task):
+    """Functions to write from their descriptions (Chen et al. 2021, arXiv 2107.03374), from HumanEval.jsonl or .jsonl.gz in `files`.
+
+    An answer is right when its function passes the item's test: `evals.py --run_code=1` runs what the model writes, as
+    it says there. Asked is a chat model, not for a continuation, so that figures compare with those of chat models.
+    """
+
+    max_tokens = 512
+    allowed, run = False, None  # whether answers may be run, and evals.py's function for it
+
+    @functools.lru_cache
+    def rows(files):
+        file, rows = public_file("humaneval", files, "HumanEval.jsonl.gz", "HumanEval.jsonl"), []
+        try:
+            for where, row in read_lines(file):
+                wanted = ("task_id", "prompt", "entry_point", "test")
+                if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in wanted):
+                    raise SystemExit(f"{where}: wanted an object with the texts {', '.join(wanted)}; got {ascii(row)[:60]}")
+                rows.append(row)
+        except BROKEN as error:
+            raise unreadable(file, error)
+        return rows
+
+    def items(split, seed, count, files=""):
+        if not HumanEval.allowed:
+            raise SystemExit("the task humaneval runs code that the model wrote: `python evals.py --tasks=humaneval --run_code=1` allows it")
+        if split != "test":
+            raise SystemExit("the task humaneval has test items only")
+        rows, items = HumanEval.rows(files), []
+        for row in random.Random(f"humaneval {seed}").sample(rows, min(count, len(rows))):
+            asked = f"Complete this function in Python. Answer with its code alone.\n\n```python\n{row['prompt'].rstrip()}\n```"
+            items.append({"messages": [{"role": "user", "content": asked}], "answer": row["entry_point"], "row": row})
+        return items
+
+    def sources(row, text):
+        """The programs that an answer may stand for, as (head, code): a whole function, or only what stands below the prompt.
+
+        >>> HumanEval.sources({"prompt": "def f():\\n", "entry_point": "f"}, "Here:\\n```python\\nreturn 1\\n```")[0]
+        ('def f():\\n', '    return 1')
+        """
+        blocks, whole = re.findall(r"```[\w+-]*[ \t]*\n(.*?)(?:```|\Z)", text, re.DOTALL), rf"def {row['entry_point']}\b"
+        code = next((block for block in blocks if re.search(whole, block)), blocks[0] if blocks else text).strip("\n")
+        if re.search(whole, code):
+            start = re.search(r"^(?:from |import |@|def |class |async )", code, re.MULTILINE)  # there may be words before it
+            head = row["prompt"] + "\n    pass\n\n"  # brings imports and helpers
+            return [(head, code), (head, code[start.start() if start else 0 :])]
+        body = code[:1].isspace() and code or f"    {code}"  # its first line may have lost its indentation, or all of them
+        return [(row["prompt"], body), (row["prompt"], "\n".join(f"    {line}" for line in code.split("\n")))]
+
+    def grade(item, text):
+        if not HumanEval.allowed:
+            raise SystemExit("this would run code that the model wrote; evals.py allows it with --run_code=1")
+        row = item["row"]
+        passed, _, _ = HumanEval.run(HumanEval.sources(row, text), row["prompt"] + "\n    pass\n", row["test"], row["entry_point"])
+        return float(passed)
+
+
 class Choice(Task):
     """Multiple choice: the letter that the model finds likeliest at the start of its answer is its answer."""
 
@@ -2143,7 +2200,7 @@ class Mmlu(Choice):
 
 
 TASKS = {"arc_easy": Arc, "arc_challenge": ArcChallenge, "mmlu": Mmlu}
-TASKS |= {"facts": Facts, "counting": Counting, "arithmetic": Arithmetic, "polite": Polite, "gsm8k": Gsm8k}
+TASKS |= {"facts": Facts, "counting": Counting, "arithmetic": Arithmetic, "polite": Polite, "gsm8k": Gsm8k, "humaneval": HumanEval}
 DEMO = "facts,counting,arithmetic"  # the tasks of the demo world, which need no files
 
 

@@ -4,6 +4,9 @@ Evaluations: bits per byte, tasks answered by generating, and the report of a ru
     python evals.py                                    # every task on the last stage in out/
     python evals.py --stage=sft --tasks=facts,counting --count=500 --seed=7
     python evals.py --tasks=gsm8k,mmlu,arc_easy,arc_challenge --files=DIR      # public tasks, from their own files
+    python evals.py --tasks=humaneval --files=DIR --run_code=1                 # runs what the model writes: see there
+    python evals.py --tasks=gsm8k --files=DIR --samples=16 --temperature=0.8   # pass@k
+    python evals.py --tasks=chatcore --files=DIR --run_code=1                  # ChatCORE: the mean over six tasks
     python evals.py --stage=base --text=FILE           # bits per byte of any text
     python evals.py --stage=base --core=DIR            # CORE, from `python data.py download --source=core --out=DIR`
     torchrun --nproc_per_node=8 evals.py --stage=base --core=DIR --count=500   # an estimate of it
@@ -14,14 +17,24 @@ rebuilds the report: out/report.json for programs, out/report.html for people, o
 requests whose curves are drawn from out/metrics.jsonl.
 """
 
+import builtins
+import ctypes
 import hashlib
 import html
+import inspect
 import json
 import math
 import os
 import platform
 import random
+import resource
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +42,7 @@ import numpy as np
 import torch
 
 import gpt
-from data import DEMO, RULES, SPECIALS, TASKS, TokenSet, batch, encode_documents, load_tokenizer, parse, question
+from data import DEMO, RULES, SPECIALS, TASKS, HumanEval, TokenSet, batch, encode_documents, load_tokenizer, parse, question
 from data import read_documents, read_lines, task_names, visible
 from gpt import KVCache, command, latest, load_model, override, start_machine, write_whole
 from sample import Engine, Params, common
@@ -61,14 +74,62 @@ def bits_per_byte(model, tokenizer, val, machine, micro_rows=16, rows=0):
 
 
 # -----------------------------------------------------------------------------
-# Generative tasks
+# Tasks
 
 
-def run_tasks(model, tokenizer, machine, names, count, files="", seed=0, split="test", slots=64):
+def wilson(share, n, z=1.96):
+    """The 95% confidence interval of a share of n items (Wilson 1927), within 0 and 1 also where all or none are right.
+
+    >>> [round(bound, 3) for bound in wilson(0.9, 10)]
+    [0.596, 0.982]
+
+    Of means of several answers an item it is wider than need be: they vary less than a yes or no.
+    """
+    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
+
+
+def pass_at(n, right, k):
+    """The chance that one of k answers is right, without bias from n answers of which so many are (Chen et al. 2021).
+
+    >>> pass_at(4, 1, 2)
+    0.5
+    """
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def centred_mean(scores):
+    """The mean of (accuracy - chance) / (1 - chance) over [(accuracy, items, chance)], and half of its 95% interval.
+
+    The interval is that of the sampling of items, each task by itself; that the tasks were chosen it knows nothing of.
+    """
+    centred = [(accuracy - chance) / (1 - chance) for accuracy, _, chance in scores]
+    variance = sum(accuracy * (1 - accuracy) / n / (1 - chance) ** 2 for accuracy, n, chance in scores)
+    return sum(centred) / max(1, len(centred)), 1.96 * math.sqrt(variance) / max(1, len(centred))
+
+
+# what a chat model is summed up by, and what guessing gets (some questions of ARC have three or five choices)
+CHATCORE = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0, "counting": 0.0}
+
+
+def askable(names, split, seed, files):
+    """Which of these tasks have their items at hand, and why the others have not: ([name], {name: why})."""
+    missing = {}
+    for name in names:
+        try:
+            TASKS[name].items(split, seed, 1, files)
+        except SystemExit as error:
+            missing[name] = error
+    return [name for name in names if name not in missing], missing
+
+
+def run_tasks(model, tokenizer, machine, names, count, files="", seed=0, split="test", slots=64, samples=1, temperature=0.0):
     """Answer `count` items of each task greedily, of multiple choice with the likeliest letter, and grade them:
-    {name: (accuracy, items, some answers)}.
+    {name: (accuracy, items, some answers, pass@k)}.
 
-    Ranks take every world-th item. All ranks call it and get the same figures.
+    With `samples` above 1 and a temperature, each item is answered so often, but for multiple choice; accuracy is then the
+    mean over all answers, and pass@k is {k: share of items that one of k answers solves}. Ranks take every world-th
+    item. All ranks call it and get the same figures.
     """
     engine, results = Engine(model, tokenizer, slots), {}
     for name in names:
@@ -76,14 +137,22 @@ def run_tasks(model, tokenizer, machine, names, count, files="", seed=0, split="
         items = task.items(split, seed, count, files)
         mine = items[machine.rank :: machine.world]
         prompts = [question(item, tokenizer, engine.cache.length, task.max_tokens) for item in mine]
+        n = 1 if items and "letters" in items[0] else samples  # answers an item
         if items and "letters" in items[0]:
             texts = best_letters(model, tokenizer, prompts, [item["letters"] for item in mine], machine.device)
         else:
-            done = engine.generate(prompts, Params(max_tokens=task.max_tokens))
+            seeds = ((seed * 10**6 + machine.rank + i * machine.world) * 10**4 + s for i in range(len(mine)) for s in range(n))
+            params = [Params(max_tokens=task.max_tokens, temperature=temperature, seed=number) for number in seeds]
+            done = engine.generate([prompt for prompt in prompts for _ in range(n)], params)
             texts = [visible(parse(r.ids, tokenizer)) for r in done]
-        grades = [task.grade(item, text) for item, text in zip(mine, texts)]
-        shown = [(item["messages"][-1]["content"], text, item["answer"], grade) for item, text, grade in zip(mine, texts, grades)]
-        results[name] = machine.sum(sum(grades)) / max(1, len(items)), len(items), shown[:8]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # where a grade is a program's run, it is another process that works
+            grades = list(pool.map(task.grade, [item for item in mine for _ in range(n)], texts))
+        right = [sum(grade == 1 for grade in grades[i : i + n]) for i in range(0, len(grades), n)]
+        tries = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < n} | {n}) if n > 1 else []
+        passes = {k: machine.sum(sum(pass_at(n, c, k) for c in right)) / max(1, len(items)) for k in tries}
+        told = zip(mine, texts[::n], grades[::n])
+        shown = [(item["messages"][-1]["content"], text, item["answer"], grade) for item, text, grade in told]
+        results[name] = machine.sum(sum(grades)) / max(1, len(items) * n), len(items), shown[:8], passes
     return results
 
 
@@ -115,6 +184,246 @@ def best_letters(model, tokenizer, prompts, letters, device):
             of = [tokenizer.encode(letter)[0] for letter in letters[i]]
             found[i] = letters[i][logits[b, len(prompts[i]) - 1, of].argmax()]
     return found
+
+
+# -----------------------------------------------------------------------------
+# Running code that a model wrote, such as an answer to HumanEval, against a test: only where asked for
+#
+# Two processes are started for each answer, and the functions below are the program of both:
+#
+#     evals.py -> judge   runs the test; what the test calls is a stand-in that hands the arguments on and waits for a value
+#              -> solver  runs the answer's code; stdin, stdout and stderr are /dev/null, its folder is empty, its environment too
+#
+# So an answer never shares an interpreter with its test. It can send values back and do nothing else: it cannot see the
+# test, replace `assert` or builtins for it, or return an object that equals everything, for values cross as JSON and arrive
+# as plain numbers, texts, lists, tuples, sets and dicts. That it passed is said by the judge, once the test has returned,
+# on a pipe that the solver never had, together with a token drawn for this run.
+#
+# What holds on every Linux: limits on wall time, CPU time, memory (address space), file size, open files and core dumps; no
+# process or thread can be started (RLIMIT_NPROC of 0), so none stays behind; programs with the setuid bit gain nothing.
+# What holds where the system allows it, which `run` reports: no network; no other process can be signalled (a PID
+# namespace); no files but Python and the system's libraries, read-only, and an empty folder of 16 MB in memory, which vanishes
+# (a mount namespace, whose root is a folder of just these); and of root, no rights: a user that nobody else is. Root needs
+# CAP_SYS_ADMIN for it, which containers often withhold; others need unprivileged user namespaces, which some systems forbid.
+#
+# What does not hold: without these namespaces the code runs as a user of its own (from root) or as yourself, and reads, and
+# as yourself changes and kills, what that user may. Always: shared memory of System V is counted by no limit, and a hole in the
+# kernel is a hole here. This keeps in a model's accidents and tricks; it is no place for code that someone attacks with.
+# Left out: seccomp, Landlock, cgroups. Arguments changed in place are not seen by the test, and packages are not importable.
+
+SECONDS = 10  # wall time of a test; the CPU may be used for half of it
+MEMORY = 2**30  # bytes of address space, of judge and solver each
+FILE = 2**20  # bytes of a file, and of a value that is sent
+SYSTEM = "/usr /lib /lib64 /nix /etc/ld.so.cache /dev/null".split()  # what Python needs beside its own folder
+KINDS = ["list", "tuple", "set", "frozenset", "dict", "bytes"]  # of values that may cross
+
+
+def run_answer(sources, setup, test, entry, seconds=SECONDS):
+    """Does the function `entry` of the first of `sources` that is Python pass the test? (passed, why not, what holds).
+
+    sources  pairs (head, code): texts that one answer may stand for; of code that is no Python, the longest beginning that is
+    setup    code that the test needs beside the function
+    test     code that defines check(candidate), which returns when all is well
+
+    >>> run_answer([("", "def f(x): return x + 1")], "", "def check(f): assert f(1) == 2", "f")[0]
+    True
+
+    Raises SystemExit where the system does not let code be confined at all.
+    """
+    token = secrets.token_hex(16)
+    job = {"sources": sources, "setup": setup, "test": test, "entry": entry, "seconds": seconds, "token": token}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as box:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        judge = subprocess.Popen(program(), cwd=box, env={"HOME": box}, start_new_session=True, **pipes)
+        try:
+            said, errors = judge.communicate(json.dumps(job).encode(), timeout=2 * seconds + 10)
+        except subprocess.TimeoutExpired:
+            return False, "the test itself did not end", []
+        finally:
+            if judge.poll() is None:
+                judge.terminate()  # it kills the solver on its way out
+                try:
+                    judge.wait(5)
+                except subprocess.TimeoutExpired:
+                    os.killpg(judge.pid, signal.SIGKILL)
+            judge.wait()
+    found = json.loads(said or b"{}")
+    if found.get("token") == token:
+        return found["passed"], found["why"], found["holds"]
+    raise SystemExit(f"code cannot be run here: {(errors.decode(errors='replace').strip() or 'the judge died').splitlines()[-1]}")
+
+
+def program():
+    """The command that starts the judge: Python by itself, without packages, with the functions that judge and solver need."""
+    parts = (confine, hide, pack, unpack, Gone, judge, alone, solver, longest)
+    lines = ["import builtins, ctypes, json, os, resource, signal, subprocess, sys"]
+    lines += [f"{name} = {globals()[name]!r}" for name in ("MEMORY", "FILE", "SYSTEM", "KINDS")]
+    lines += [*map(inspect.getsource, parts), '{"judge": judge, "solver": solver}[sys.argv[1]]()']
+    # isolated: no site-packages, no variables, no folder on the path
+    return [os.path.realpath(sys.executable), "-I", "-S", "-c", "\n".join(lines), "judge"]
+
+
+def confine(box, seconds):
+    """Give up what a function under test does not need, for this process and all that it starts. Returns what holds."""
+    libc, root, holds = ctypes.CDLL(None, use_errno=True), os.geteuid() == 0, []
+    user, group = (10**9 + os.getpid(),) * 2 if root else (os.geteuid(), os.getegid())  # nobody else's, one for each run
+    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    # CLONE_NEWNS, _NEWIPC, _NEWPID (of children), _NEWNET, and without root's rights _NEWUSER, which lends them
+    if libc.unshare(0x20000 | 0x8000000 | 0x20000000 | 0x40000000 | (0 if root else 0x10000000)) == 0:
+        holds += ["no network", "no other process in reach"]
+        if not root:
+            for name, line in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+                with open(f"/proc/self/{name}", "w") as f:
+                    f.write(line)
+        try:
+            hide(libc, box)
+            box = "/box"
+            holds.append("no files but Python's and an empty folder")
+        except OSError:
+            pass
+    os.chdir(box)
+    if root:
+        if box != "/box":
+            os.chown(box, user, group)
+        os.setgroups([])
+        os.setresgid(group, group, group)
+        os.setresuid(user, user, user)
+        holds.append("a user of its own")
+    libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: nobody looks into this process's memory
+    cpu = max(1, seconds // 2)
+    limits = {"CPU": cpu, "AS": MEMORY, "FSIZE": FILE, "NOFILE": 32, "CORE": 0, "MSGQUEUE": 0, "MEMLOCK": 0}
+    for name, most in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+    return holds + ["limits of time, memory, files and processes"]
+
+
+def hide(libc, top):
+    """Make an empty folder the root of what this process sees: what Python needs, read-only, and /box, empty. Raises OSError."""
+
+    def mount(source, target, kind, flags, options=None):
+        source, target, kind, options = (text and text.encode() for text in (source, target, kind, options))
+        if libc.mount(source, target, kind, flags, options):
+            raise OSError(ctypes.get_errno(), "mount", target)
+
+    mount(None, "/", None, 0x4000 | 0x40000)  # MS_REC, MS_PRIVATE: what follows stays in this namespace
+    mount("tmpfs", top, "tmpfs", 2 | 4, "size=1m,mode=755")  # MS_NOSUID, MS_NODEV
+    shown = []
+    for path in filter(os.path.exists, [*SYSTEM, sys.base_prefix]):
+        if not any(f"{path}/".startswith(f"{other}/") for other in shown):
+            os.makedirs(top + (path if os.path.isdir(path) else os.path.dirname(path)), exist_ok=True)
+            if not os.path.isdir(path):
+                open(top + path, "w").close()
+            mount(path, top + path, None, 0x1000 | 0x4000)  # MS_BIND, MS_REC
+            shown.append(path)
+    os.makedirs(f"{top}/box")
+    locked = (ctypes.c_uint64 * 4)(1 | 2)  # MOUNT_ATTR_RDONLY, _NOSUID
+    if libc.syscall(442, -100, top.encode(), 0x8000, locked, 32):  # mount_setattr(AT_FDCWD, top, AT_RECURSIVE), Linux 5.12
+        raise OSError(ctypes.get_errno(), "mount_setattr")
+    mount("tmpfs", f"{top}/box", "tmpfs", 2 | 4, "size=16m,mode=777")
+    os.chroot(top)
+
+
+def pack(value):
+    """A value as JSON takes it: {"tuple": [1, 2]} for (1, 2). What derives from a kind counts as that kind."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    for name in KINDS:
+        if isinstance(value, getattr(builtins, name)):
+            return {name: [pack(part) for part in (value.items() if name == "dict" else value)]}
+    raise TypeError(f"a value of type {type(value).__name__} cannot be compared")
+
+
+def unpack(value):
+    if not isinstance(value, dict):
+        return value
+    ((name, parts),) = value.items()
+    return getattr(builtins, KINDS[KINDS.index(name)])(unpack(part) for part in parts)
+
+
+class Gone(BaseException):
+    """The solver has ended, or says what is no value. No `except Exception` of a test takes it for an answer."""
+
+
+def judge():
+    def stop(number, frame):
+        raise Gone("out of time" if number == signal.SIGALRM else "stopped")
+
+    job = json.loads(sys.stdin.read())
+    signal.signal(signal.SIGALRM, stop), signal.signal(signal.SIGTERM, stop)
+    holds = confine(os.getcwd(), job["seconds"])
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG: end with the evaluation; a change of user clears it
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    passed, why, started = False, "", False
+    solver = subprocess.Popen([*sys.orig_argv[:-1], "solver"], env={"HOME": os.getcwd()}, start_new_session=True, preexec_fn=alone, **pipes)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, job["seconds"], 1)  # again each second, should a test swallow it
+
+        def ask(value):
+            try:
+                solver.stdin.write(json.dumps(value).encode() + b"\n"), solver.stdin.flush()
+                answer = json.loads(solver.stdout.readline(FILE))  # of a longer one, what is read is no JSON
+                kind, value = answer["kind"], unpack(answer["value"])
+            except (OSError, ValueError, TypeError, KeyError, StopIteration, RecursionError, AttributeError, MemoryError):
+                raise Gone("it ended, or sent no value")
+            if kind != "value":
+                raise RuntimeError(str(value)[:200])
+            return value
+
+        started = ask([job["sources"], job["entry"]]) is None
+        world = {"__name__": "test"}
+        exec(job["setup"], world)
+        world[job["entry"]] = lambda *args, **named: ask(pack([args, named]))  # some tests call it by its name
+        exec(job["test"], world)
+        world["check"](world[job["entry"]])
+        passed = started
+    except BaseException as error:
+        why = f"{type(error).__name__}: {error}"[:300]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        solver.kill(), solver.wait()
+    print(json.dumps({"token": job["token"], "passed": passed, "why": why, "holds": holds}))
+
+
+def alone():
+    """Before the solver's program begins: it dies with the judge, and starts nothing."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+
+
+def solver():
+    asked, told, null = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"), os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    function = None
+    for line in asked:
+        try:
+            value = unpack(json.loads(line)) if function else json.loads(line)
+            if function is None:
+                world = {"__name__": "answer"}
+                exec(max(map(longest, value[0]), key=lambda source: source[0])[1], world)
+                function, answer = world[value[1]], None
+            else:
+                answer = function(*value[0], **value[1])
+            answer = {"kind": "value", "value": pack(answer)}
+        except Exception as error:
+            answer = {"kind": "error", "value": f"{type(error).__name__}: {error}"[:200]}
+        told.write(json.dumps(answer).encode() + b"\n")
+        told.flush()
+
+
+def longest(source):
+    """(lines, code) of the longest beginning that is Python, of what stands behind the head."""
+    head, lines = source[0], source[1].splitlines()
+    for count in range(len(lines), -1, -1):
+        try:
+            text = head + "\n".join(lines[:count]) + "\n"
+            return count, compile(text, "answer", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError):
+            pass
+    return -1, ""
+
+
+HumanEval.run = run_answer
 
 
 # -----------------------------------------------------------------------------
@@ -321,16 +630,17 @@ def run_core(model, tokenizer, machine, folder, cache, count=0):
         note = f", {cut} texts were cut to {model.cfg.seq_len} tokens" if cut else ""
         score = f"{accuracy:7.2%} of {len(right):6,}   centred {results[label][2]:+.4f}"
         machine.print(f"{label:33}{score}   {time.time() - start:.1f} s{note}")
-    mean = sum(centred for *_, centred in results.values()) / max(1, len(results))
+    guesses = {label: guess / 100 for label, _, _, _, _, guess, _ in CORE}
+    mean, half = centred_mean([(*result[:2], guesses[label]) for label, result in results.items()])
     if missing:
         names = ", ".join(f"{label} ({file})" for label, file in missing)
         machine.print(f"missing: {names}; `python data.py download --source=core` has them")
         machine.print(f"so there is no CORE; the mean of the {len(results)} centred accuracies there are is {mean:.4f}")
     elif count:
-        machine.print(f"CORE, estimated from at most {count} items a task: {mean:.4f}")
+        machine.print(f"CORE, estimated from at most {count} items a task: {mean:.4f} ± {half:.4f}")
     else:
-        machine.print(f"CORE: {mean:.4f}")
-    return results, None if missing or count else mean
+        machine.print(f"CORE: {mean:.4f} ± {half:.4f}")
+    return results, None if missing or count else {"CORE": mean, "ci/CORE": half}
 
 
 # -----------------------------------------------------------------------------
@@ -502,11 +812,14 @@ summary {{ cursor: pointer; margin: .4rem 0; }}
 class Config:
     out: str = "out"  # folder of the run
     stage: str = ""  # base, mid, sft or rl; empty is the last there is
-    tasks: str = DEMO  # names with commas between
+    tasks: str = DEMO  # names with commas between; or chatcore, the mean over six of them
     files: str = ""  # folder of the public tasks' own files, such as gsm8k_test.jsonl
-    count: int = -1  # items a task, 0 is all; -1 is 500, and all of CORE
+    count: int = -1  # items a task, 0 is all; -1 is 500, and all of CORE and ChatCORE
     seed: int = 0  # another seed, other items
     split: str = "test"  # test or train
+    samples: int = 1  # answers an item; several give pass@k
+    temperature: float = 0.0  # of sampling them; 0 takes the likeliest token
+    run_code: bool = False  # run what the model writes, which humaneval needs; `run_answer` says what holds then
     slots: int = 64  # answers generated at once
     show: int = 3  # answers printed a task
     core: str = ""  # folder of the CORE bundle: instead of tasks, the CORE metric
@@ -526,7 +839,12 @@ def main(argv):
             raise SystemExit(f"no {path} yet; `bash run.sh` makes one")
         write_whole(Path(cfg.out) / "report.html", page(cfg.out, json.loads(path.read_text())))
         return
-    names = task_names(cfg.tasks)
+    chat, HumanEval.allowed = cfg.tasks == "chatcore", cfg.run_code
+    names, missing = askable(CHATCORE, cfg.split, cfg.seed, cfg.files) if chat else (task_names(cfg.tasks), {})
+    if cfg.samples < 1 or (cfg.samples > 1 and cfg.temperature <= 0):
+        raise SystemExit("--samples is 1 or more, and several answers to an item need --temperature above 0 to differ")
+    if chat and (cfg.split != "test" or cfg.samples > 1):
+        raise SystemExit("ChatCORE is one answer to each test item: leave --split and --samples as they are")
     stage = cfg.stage or next((s for s in ("rl", "sft", "mid", "base") if latest(f"{cfg.out}/{s}")), "base")
     tokenizer, hash = load_tokenizer(cfg.out)
     model, state = load_model(f"{cfg.out}/{stage}", machine, hash)
@@ -540,14 +858,37 @@ def main(argv):
         machine.print(f"{path}: CORE, from {cfg.core}")
         results, core = run_core(model, tokenizer, machine, cfg.core, found / "core.json", max(0, cfg.count))
         figures = task_figures({f"core {label}": result for label, result in results.items()})
-        return record(cfg.out, machine, stage, figures | ({"CORE": core} if core is not None else {}))
-    cfg.count = {-1: 500, 0: 2**31}.get(cfg.count, cfg.count)
+        return record(cfg.out, machine, stage, figures | (core or {}))
     machine.print(f"{cfg.out}/{stage} step {state['step']}, {cfg.split} items of seed {cfg.seed}")
-    results = run_tasks(model.to(machine.dtype), tokenizer, machine, names, cfg.count, cfg.files, cfg.seed, cfg.split, cfg.slots)
-    for name, (accuracy, n, shown) in results.items():
-        machine.print(f"{name:12} {accuracy:6.1%} of {n}")
+    model, results = model.to(machine.dtype), {}
+    knobs = {"split": cfg.split, "slots": cfg.slots, "samples": cfg.samples, "temperature": cfg.temperature}
+    for name in names:
+        endless = name in (*DEMO.split(","), "polite")  # the demo's items are made up
+        few = cfg.count if cfg.count > 0 else 2**31 if (chat or cfg.count == 0) and not endless else 500
+        results |= run_tasks(model, tokenizer, machine, [name], few, cfg.files, cfg.seed, **knobs)
+        accuracy, n, shown, passes = results[name]
+        if not n:
+            raise SystemExit(f"there are no {cfg.split} items of {name}")
+        low, high = wilson(accuracy, n)
+        more = "".join(f"   pass@{k} {share:.1%}" for k, share in passes.items())
+        machine.print(f"{name:13} {accuracy:6.1%} of {n:,} ({low:.1%} to {high:.1%}){more}")
         for question, text, answer, grade in shown[: cfg.show]:
             machine.print(f"   {'right' if grade == 1 else 'wrong'} | {question} -> {text!r} (expected {answer})")
+    if chat:
+        chatcore(cfg, machine, stage, results, missing)
+
+
+def chatcore(cfg, machine, stage, results, missing):
+    """Print ChatCORE, and record it where all of its tasks were answered in full."""
+    mean, half = centred_mean([(*result[:2], CHATCORE[name]) for name, result in results.items()])
+    if missing:
+        machine.print("missing: " + "; ".join(f"{name} ({why})" for name, why in missing.items()))
+        machine.print(f"so there is no ChatCORE; the mean of the {len(results)} centred accuracies there are is {mean:.4f}")
+    elif cfg.count > 0:
+        machine.print(f"ChatCORE, estimated from at most {cfg.count} items a task: {mean:.4f} ± {half:.4f}")
+    else:
+        machine.print(f"ChatCORE: {mean:.4f} ± {half:.4f}")
+        record(cfg.out, machine, stage, task_figures(results) | {"ChatCORE": mean, "ci/ChatCORE": half})
 
 
 if __name__ == "__main__":

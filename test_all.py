@@ -2439,11 +2439,11 @@ def test_core_equals_a_plain_reference(tokenizer, tmp_path, capsys, monkeypatch)
             accuracy = sum(want) / len(want)
             assert results[label] == pytest.approx((accuracy, 8, (100 * accuracy - guess) / (100 - guess)))
             seen |= {accuracy}
-        assert len(seen) > 1 and core == pytest.approx(np.mean([r[2] for r in results.values()]))
+        assert len(seen) > 1 and core["CORE"] == pytest.approx(np.mean([r[2] for r in results.values()]))
         cut = [entry["cut"] for entry in kept.values()]
         assert (sum(cut) > 0) == (seq_len == 40)
     printed = capsys.readouterr().out
-    assert f"CORE: {core:.4f}" in printed and "cut to 40 tokens" in printed
+    assert f"CORE: {core['CORE']:.4f} ± " in printed and "cut to 40 tokens" in printed
 
 
 def test_core_needs_all_of_its_tasks(tokenizer, tmp_path, capsys, monkeypatch):
@@ -2501,6 +2501,242 @@ def test_greedy_scores_take_exact_continuations_only():
             ids[rng.randrange(first, len(ids))] ^= 1
         spans.append((ids, first, len(ids)))
     assert evals.core_scores(model, spans, "cpu", True) == [float(n % 3 > 0) for n in range(12)]
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
+    for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if c <= n and k <= n:
+            draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert evals.pass_at(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_intervals_hold_their_share():
+    assert evals.wilson(0.9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)  # as R's prop.test without correction has it
+    assert evals.wilson(0.0, 10) == pytest.approx((0, 0.2775), abs=1e-4) and evals.wilson(1.0, 10)[1] == 1
+    rng = np.random.default_rng(1)
+    for p, n in ((0.02, 100), (0.5, 30), (0.9, 500)):
+        bounds = [evals.wilson(k / n, n) for k in rng.binomial(n, p, 2000)]
+        assert 0.92 < np.mean([low <= p <= high for low, high in bounds]) < 0.98
+    draws = rng.binomial([40, 90], [0.4, 0.7], (2000, 2)) / [40, 90]
+    found = [evals.centred_mean([(a, 40, 0.25), (b, 90, 0.0)]) for a, b in draws]
+    assert np.mean([abs(mean - (0.2 + 0.7) / 2) < half for mean, half in found]) == pytest.approx(0.95, abs=0.02)
+
+
+def test_several_answers_an_item(chatty, tokenizer, monkeypatch):
+    seen = collections.defaultdict(list)
+
+    class Even(data.Task):
+        max_tokens = 6
+
+        def items(split, seed, count, files=""):
+            return [{"messages": [{"role": "user", "content": f"Say {i}."}], "answer": i} for i in range(count)]
+
+        def grade(item, text):
+            seen[item["answer"]].append(text)
+            return float(len(text) % 2 == 0)
+
+    monkeypatch.setitem(data.TASKS, "even", Even)
+    accuracy, n, shown, passes = evals.run_tasks(chatty, tokenizer, CPU, ["even"], 12, samples=6, temperature=1.0)["even"]
+    assert n == 12 and len(shown) == 8 and sorted(map(len, seen.values())) == [6] * 12 and list(passes) == [1, 2, 4, 6]
+    right = [[len(text) % 2 == 0 for text in seen[i]] for i in range(12)]
+    assert accuracy == pytest.approx(np.mean(right)) == pytest.approx(passes[1]) and 0 < accuracy < 1
+    assert passes[6] == pytest.approx(np.mean([any(r) for r in right])) and passes[1] < passes[2] < passes[6]
+    assert len({text for texts in seen.values() for text in texts}) > 20
+    again = evals.run_tasks(chatty, tokenizer, CPU, ["even"], 12, samples=6, temperature=1.0, seed=1)["even"]
+    assert again[3] != passes and evals.run_tasks(chatty, tokenizer, CPU, ["even"], 3)["even"][3] == {}
+
+
+def write_chat_tasks(folder):
+    """Files of all of ChatCORE's tasks that need some, with a few items each."""
+    write_gsm8k(folder, 3)
+    (folder / "HumanEval.jsonl").write_bytes(jsonl([SUCCESSOR, PAIR]))
+    (folder / "data" / "test").mkdir(parents=True)
+    (folder / "data" / "test" / "law_test.csv").write_text("Why?,u,v,w,x,B\nHow?,1,2,3,4,D\n")
+    (folder / "eval_data" / "world_knowledge").mkdir(parents=True)
+    for part in ("easy", "challenge"):
+        (folder / "eval_data" / "world_knowledge" / f"arc_{part}.jsonl").write_bytes(jsonl([{"query": "Why?", "choices": list("uvwx"), "gold": 1}]))
+
+
+def test_chatcore_needs_all_of_its_tasks(tiny_run, tmp_path, monkeypatch, capsys):
+    write_chat_tasks(tmp_path)
+    out, few = shutil.copytree(tiny_run, tmp_path / "out"), data.Counting.items
+    monkeypatch.setattr(data.Counting, "items", lambda split, seed, count, files="": few(split, seed, min(count, 4)))
+    monkeypatch.setattr(data.HumanEval, "allowed", False)
+    before = (out / "report.json").read_text()
+
+    def call(*knobs):
+        evals.main([f"--out={out}", "--tasks=chatcore", f"--files={tmp_path}", "--device=cpu", "--dtype=float32", "--show=0", *knobs])
+        return capsys.readouterr().out
+
+    printed = call("--count=1")
+    assert "missing: humaneval (the task humaneval runs code" in printed and "so there is no ChatCORE" in printed and "ChatCORE:" not in printed
+    printed = call("--count=1", "--run_code=1")
+    assert "ChatCORE, estimated from at most 1 items a task" in printed and "ChatCORE:" not in printed
+    assert (out / "report.json").read_text() == before
+    printed = call("--run_code=1")
+    report = json.loads((out / "report.json").read_text())["stages"]["rl"]
+    share = {name: report[f"accuracy/{name}"] for name in evals.CHATCORE}
+    want = np.mean([(share[name] - (name[:3] in ("arc", "mml")) / 4) / (0.75 if name[:3] in ("arc", "mml") else 1) for name in share])
+    assert report["ChatCORE"] == pytest.approx(want) and f"ChatCORE: {want:.4f} ± " in printed
+    assert [report[f"n/{name}"] for name in evals.CHATCORE] == [1, 1, 2, 3, 2, 4] and "ChatCORE" in (out / "report.html").read_text()
+    assert "pass@2" in call("--tasks=gsm8k", "--samples=2", "--temperature=1", "--count=2")
+    bad = {"leave --split": ["--split=train"], "as they are": ["--samples=2", "--temperature=1"], "--run_code=1` allows it": ["--tasks=humaneval"]}
+    for message, knobs in (bad | {"--temperature above 0": ["--tasks=gsm8k", "--samples=3"]}).items():
+        with pytest.raises(SystemExit, match=message):
+            call(*knobs)
+
+
+SUCCESSOR = {
+    "task_id": "Own/0",
+    "prompt": 'import math\n\n\ndef twice(x):\n    return 2 * x\n\n\ndef successor(x):\n    """The next integer.\n    >>> successor(1)\n    2\n    """\n',
+    "entry_point": "successor",
+    "canonical_solution": "    return x + 1\n",
+    "test": "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(5) == 6 and candidate(twice(2)) == successor(4) == 5\n",
+}
+PAIR = {
+    "task_id": "Own/1",
+    "prompt": 'def pair(x, times=1):\n    """x beside itself, with halves, so often."""\n',
+    "entry_point": "pair",
+    "canonical_solution": "    return [(x, x / 2), {'k': {x}}] * times\n",
+    "test": "def check(candidate):\n    assert candidate(3, times=2) == [(3, 1.5), {'k': {3}}] * 2\n    assert isinstance(candidate((1.5,)[0]), list)\n",
+}
+
+
+def passes(row, text, **knobs):
+    """(passed, why not, what holds) of an answer to an item of HumanEval's form."""
+    return evals.run_answer(data.HumanEval.sources(row, text), row["prompt"] + "\n    pass\n", row["test"], row["entry_point"], **knobs)
+
+
+def test_answers_with_code_in_all_forms_are_judged():
+    body = SUCCESSOR["canonical_solution"]
+    loop = "    for i in range(1):\n        x += 1\n    return x"
+    right = [body, "return x + 1", loop, loop.strip(), "for i in range(1):\n    x += 1\nreturn x", f"Sure.\n```python\n{body}```\nThat is all!"]
+    whole = "def successor(x):\n    return math.ceil(twice(x) / 2) + 1"
+    right += [whole, f"ONE = 1\n{whole[:-1]}ONE", f"Here it is:\n{whole}\nIt adds 1, as asked.", f"```\nONE = 1\n{whole[:-1]}ONE\n```", f"```\nno code\n```\n```python\n{whole}", body + "\n\nThis adds one."]
+    wrong = ["pass", "return None", "return x", "", "I do not know.", "def other(x):\n    return x + 1", "def successor(x):\n    return x +"]
+    assert [passes(SUCCESSOR, text)[0] for text in right] == [True] * len(right)
+    assert not any(passes(SUCCESSOR, text)[0] for text in wrong)
+    assert passes(PAIR, PAIR["canonical_solution"])[0] and not passes(PAIR, "return [[x, x / 2], {'k': {x}}] * times")[0]
+
+
+FORGE = """
+import gc, json, os
+def successor(x):
+    for fd in range(3, 32):
+        try:
+            os.write(fd, b'{"kind": "value", "value": true, "passed": true, "token": "", "why": "", "holds": []}\\n' * 9)
+        except OSError:
+            pass
+    return [o for o in gc.get_objects() if isinstance(o, dict) and ("token" in o or "check" in o)][0]
+"""
+LIES = {
+    "exits": "import sys\ndef successor(x):\n    sys.exit(0)",
+    "exits at once": "import os\nos._exit(0)\ndef successor(x): pass",
+    "exits hard": "import os\ndef successor(x):\n    os._exit(0)",
+    "prints": "def successor(x):\n    print('passed')\n    print('{\"passed\": true}')",
+    "equals everything": "class E:\n    __eq__ = lambda self, other: True\ndef successor(x):\n    return E()",
+    "a number that does": "class E(int):\n    __eq__ = lambda self, other: True\ndef successor(x):\n    return E(9)",
+    "no assert": "import builtins\nbuiltins.AssertionError = builtins.exec = builtins.all = None\ndef successor(x):\n    return 0",
+    "forges": FORGE,
+    "raises": "def successor(x):\n    raise SystemExit(0)",
+    "too large": "def successor(x):\n    return 'a' * 2**21",
+    "too deep": "def successor(x):\n    a = []\n    for _ in range(10**5):\n        a = [a]\n    return a",
+    "not a value": "def successor(x):\n    return successor",
+    "kills its parent": "import os, signal\ndef successor(x):\n    os.kill(os.getppid(), signal.SIGKILL)",
+    "never ends": "def successor(x):\n    while True: pass",
+    "never begins": "import os\nwhile True: pass\ndef successor(x): pass",
+    "sleeps": "import time\ndef successor(x):\n    time.sleep(99)",
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_only_what_passed_its_test_passes(lie):
+    start = time.time()
+    passed, why, _ = passes(SUCCESSOR, LIES[lie], seconds=2)
+    assert not passed and why and time.time() - start < 12
+    lenient = SUCCESSOR | {"test": "def check(candidate):\n    try:\n        candidate(1)\n    except Exception:\n        pass\n"}
+    if lie.startswith(("exits", "never", "sleeps", "too large")):  # not even where the test catches what is raised
+        assert not passes(lenient, LIES[lie], seconds=2)[0]
+
+
+DEEDS = """
+import ctypes, os, socket, subprocess, sys, threading
+def successor(name):
+    deeds = {
+        "fork": lambda: os.fork() or os._exit(0),
+        "daemon": lambda: subprocess.Popen(["sleep", "77"], start_new_session=True),
+        "thread": lambda: threading.Thread(target=print).start(),
+        "memory": lambda: bytearray(2**31),
+        "file": lambda: open("big", "wb").write(bytes(2**22)),
+        "files": lambda: [open(sys.executable) for _ in range(99)],
+        "stdin": lambda: input(),
+        "privilege": lambda: os.setuid(0),
+        "limits": lambda: __import__("resource").setrlimit(6, (99, 99)),
+        "signal": lambda: os.kill(VICTIM, 9),
+        "everybody": lambda: os.kill(-1, 0),
+        "write": lambda: open(OUTSIDE, "w").write("x"),
+        "read": lambda: open(SECRET).read(),
+        "system": lambda: open(os.path.join(os.path.dirname(os.__file__), "x.py"), "w"),
+        "network": lambda: socket.create_connection(("127.0.0.1", PORT), 5),
+        "mount": lambda: ctypes.CDLL(None).mount(b"x", b"/box", b"tmpfs", 0, None) == 0 or 1 / 0,
+    }
+    if name == "own folder":
+        open("own", "w").write("x")
+        return os.listdir() == ["own"] and os.environ["HOME"] == os.getcwd() and list(os.environ) <= ["HOME", "LC_CTYPE"]
+    try:
+        deeds[name]()
+        return "done"
+    except (Exception, KeyboardInterrupt) as error:
+        return "refused"
+"""
+
+
+def test_what_code_may_not_do_is_refused(tmp_path):
+    tmp_path.chmod(0o777)
+    (tmp_path / "secret").write_text("x")
+    held = passes(SUCCESSOR, "return x + 1")[2]
+    names = ["fork", "daemon", "thread", "memory", "file", "files", "stdin", "privilege", "limits", "mount"]
+    names += ["network"] * ("no network" in held) + ["signal", "everybody"] * ("no other process in reach" in held)
+    names += ["write", "read", "system"] * ("no files but Python's and an empty folder" in held)
+    victim, listener = subprocess.Popen(["sleep", "60"]), socket.create_server(("127.0.0.1", 0))
+    known = {"VICTIM": victim.pid, "OUTSIDE": str(tmp_path / "out"), "SECRET": str(tmp_path / "secret"), "PORT": listener.getsockname()[1]}
+    code = "".join(f"{name} = {value!r}\n" for name, value in known.items()) + DEEDS
+    test = f"def check(f):\n    assert f('own folder')\n    said = {{name: f(name) for name in {names}}}\n    assert set(said.values()) == {{'refused'}}, said\n"
+    try:
+        passed, why, _ = passes(SUCCESSOR | {"test": test}, code)
+        assert passed, why
+        assert victim.poll() is None and not (tmp_path / "out").exists()
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    finally:
+        victim.kill(), victim.wait(), listener.close()
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"def solver():" in p.read_bytes()]
+    assert not left or os.environ.get("PYTEST_XDIST_WORKER")
+
+
+def test_humaneval_runs_code_only_where_allowed(tmp_path, monkeypatch):
+    (tmp_path / "HumanEval.jsonl.gz").write_bytes(gzip.compress(jsonl([SUCCESSOR, PAIR])))
+    task, files = data.HumanEval, str(tmp_path)
+    with pytest.raises(SystemExit, match="--run_code=1"):
+        task.items("test", 0, 9, files)
+    with pytest.raises(SystemExit, match="--run_code=1"):
+        task.grade({"row": SUCCESSOR}, "return x + 1")
+    monkeypatch.setattr(task, "allowed", True)
+    items = task.items("test", 0, 9, files)
+    assert sorted(item["answer"] for item in items) == ["pair", "successor"] and len(task.items("test", 0, 1, files)) == 1
+    assert all(item["row"]["prompt"].rstrip() in item["messages"][0]["content"] for item in items)
+    assert [task.grade(item, item["row"]["canonical_solution"].strip()) for item in items] == [1, 1]
+    assert [task.grade(item, "    return None") for item in items] == [0, 0]
+    with pytest.raises(SystemExit, match="test items only"):
+        task.items("train", 0, 9, files)
+    (tmp_path / "HumanEval.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": 1}\n'))
+    task.rows.cache_clear()
+    with pytest.raises(SystemExit, match="HumanEval.jsonl.gz line 1: wanted"):
+        task.items("test", 0, 9, files)
+    (tmp_path / "HumanEval.jsonl.gz").write_bytes(b"<html>")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        task.items("test", 0, 9, files)
 
 
 # -----------------------------------------------------------------------------
