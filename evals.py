@@ -11,6 +11,7 @@ Evaluations: bits per byte, tasks answered by generating, and the report of a ru
     python evals.py --stage=base --core=DIR            # CORE, from `python data.py download --source=core --out=DIR`
     torchrun --nproc_per_node=8 evals.py --stage=base --core=DIR --count=500   # an estimate of it
     python evals.py --report                           # only rebuild out/report.json and out/report.html
+    python evals.py compare out/a out/b                # runs over each other: a table, and compare.html
 
 The stages call `bits_per_byte` and `run_tasks` on their way and write what they find with `record`, which
 rebuilds the report: out/report.json for programs, out/report.html for people, one page without outside
@@ -44,7 +45,7 @@ import torch
 import gpt
 from data import DEMO, RULES, SPECIALS, TASKS, HumanEval, TokenSet, batch, encode_documents, load_tokenizer, parse, question
 from data import read_documents, read_lines, task_names, visible
-from gpt import KVCache, command, latest, load_model, override, start_machine, write_whole
+from gpt import FREE_KNOBS, KVCache, command, latest, load_model, override, read_state, start_machine, write_whole
 from sample import Engine, Params, common
 
 # -----------------------------------------------------------------------------
@@ -657,6 +658,8 @@ def record(out, machine, stage, figures, seconds=None, examples=None):
     report["stages"].setdefault(stage, {}).update(figures)
     if seconds is not None:
         report["seconds"][stage] = round(seconds, 1)
+        kind, cores = ("GPU", 1) if machine.device.type == "cuda" else ("CPU", machine.threads)  # of a CPU, each core counts
+        report.setdefault("hours", {})[stage] = [round(seconds * machine.world * cores / 3600, 4), kind]
     report["machine"] = {
         "device": torch.cuda.get_device_name() if machine.device.type == "cuda" else f"{platform.machine()} CPU",
         "ranks": machine.world,
@@ -706,24 +709,26 @@ def answers_on_the_way(out, stage, steps=40):
     return [(entry["step"], *sample) for entry in entries[:: max(1, len(entries) // steps)] for sample in entry["samples"]]
 
 
-def curve(points, width=420, height=170):
-    """One line of (step, value) as SVG with its axes' ends labelled."""
+def curve(lines, width=420, height=170):
+    """Lines of (step, value), over each other, as SVG with its axes' ends labelled."""
     left, right, top, bottom = 52, 12, 10, 22
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    xs, ys = [x for points in lines for x, _ in points], [y for points in lines for _, y in points]
     (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
     sx = (width - left - right) / ((x1 - x0) or 1)
     sy = (height - top - bottom) / ((y1 - y0) or 1)
-    path = " ".join(f"{left + (x - x0) * sx:.1f},{height - bottom - (y - y0) * sy:.1f}" for x, y in points)
+    paths = (" ".join(f"{left + (x - x0) * sx:.1f},{height - bottom - (y - y0) * sy:.1f}" for x, y in points) for points in lines)
     number = lambda v: f"{v:,.0f}" if abs(v) >= 100 else f"{v:.3g}"
+    drawn = "".join(f'<polyline points="{path}" style="stroke:{COLORS[i % len(COLORS)]}"/>' for i, path in enumerate(paths))
     return f"""<svg viewBox="0 0 {width} {height}" role="img">
 <path class="axis" d="M{left} {top}V{height - bottom}H{width - right}"/>
 <text x="{left - 6}" y="{top + 8}" text-anchor="end">{number(y1)}</text>
 <text x="{left - 6}" y="{height - bottom}" text-anchor="end">{number(y0)}</text>
 <text x="{left}" y="{height - 6}">{x0}</text>
 <text x="{width - right}" y="{height - 6}" text-anchor="end">step {x1}</text>
-<polyline points="{path}"/></svg>"""
+{drawn}</svg>"""
 
 
+COLORS = "#2b7de9 #e4572e #2a9d5c #9b5de5 #d9a404 #00a6a6 #d6336c #7a7a7a".split()
 CURVES = {  # what is drawn, of each stage, and in which words
     "loss": "loss (nats a token)",
     "bpb": "validation (bits a byte)",
@@ -743,28 +748,52 @@ CURVES = {  # what is drawn, of each stage, and in which words
 STAGES = {"base": "Pretraining", "mid": "Mid-training", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
 
 
+def score(figures, name):
+    """A figure as text, and (low, high, items) of its 95% interval, or None where there is none to give."""
+    value, n, half = figures[name], figures.get(name.replace("accuracy/", "n/")), figures.get(f"ci/{name}")
+    if name.startswith("accuracy/"):
+        return f"{value:.1%}", (*wilson(value, n), n) if n else None
+    return f"{value:,.4g}", (value - half, value + half, 0) if half is not None else None
+
+
+def score_cell(figures, name):
+    """A figure with its interval and the number of its items, as a cell of a table."""
+    if name not in figures:
+        return "<td></td>"
+    text, interval = score(figures, name)
+    low, high, n = interval or (0, 0, 0)
+    more = f"{low:.1%} to {high:.1%} of {n:,}" if n else f"{low:.4f} to {high:.4f}" if interval else ""
+    return f"<td>{text} <small>{more}</small></td>"
+
+
+def score_names(*several):
+    """The names of what is a score among stages' figures, sorted."""
+    return sorted({name for figures in several for name in figures if not name.startswith(("n/", "ci/"))})
+
+
+def cost(report, stage):
+    """What a stage cost, as text; of reports from before hours were written down, nothing."""
+    hours, kind = report.get("hours", {}).get(stage, (0, ""))
+    return f"{hours:.3g} {kind}-hours" if kind else ""
+
+
 def page(out, report):
     """The report as one self-contained page."""
     e, series, body = html.escape, read_metrics(out), []
-    names = sorted({n for f in report["stages"].values() for n in f if not n.startswith("n/")})
     stages = [s for s in STAGES if s in report["stages"]]
     head = "".join(f"<th>{STAGES[s]}</th>" for s in stages)
     rows = [f"<tr><th></th>{head}</tr>"]
-    for name in names:
-        cells = ""
-        for s in stages:
-            v, n = report["stages"][s].get(name), report["stages"][s].get(name.replace("accuracy/", "n/"))
-            share = name.startswith("accuracy/")
-            cells += "<td></td>" if v is None else f"<td>{v:.1%} <small>of {n}</small></td>" if share else f"<td>{v:,.4g}</td>"
-        rows.append(f"<tr><th>{e(name)}</th>{cells}</tr>")
+    for name in score_names(*report["stages"].values()):
+        rows.append(f"<tr><th>{e(name)}</th>{''.join(score_cell(report['stages'][s], name) for s in stages)}</tr>")
     rows.append("<tr><th>minutes</th>" + "".join(f"<td>{report['seconds'].get(s, 0) / 60:.1f}</td>" for s in stages) + "</tr>")
+    rows.append("<tr><th>cost</th>" + "".join(f"<td>{cost(report, s)}</td>" for s in stages) + "</tr>")
     for s in stages:
         body.append(f"<h2>{STAGES[s]}</h2><div class=curves>")
         tasks = {key: f"{key.split('/')[1]}: share of held-out items right" for t, key in series if t == s and key.startswith("accuracy/")}
         for key, words in (CURVES | tasks).items():
             points = series.get((s, key), [])
             if len(points) > 1:
-                body.append(f"<figure>{curve(points)}<figcaption>{e(words)}</figcaption></figure>")
+                body.append(f"<figure>{curve([points])}<figcaption>{e(words)}</figcaption></figure>")
         body.append("</div>")
         seen = answers_on_the_way(out, s)
         if seen:
@@ -783,8 +812,13 @@ def page(out, report):
             lines += f"<tr><th>{e(rule)}: {e(RULES.get(rule, ''))}</th><td>{count:,}</td><td>{shown}</td></tr>"
         body.append(f"<h2>Cleaning</h2><p>{e(name)}: {cleaning['kept']:,} documents kept</p><table>{lines}</table>")
     machine = ", ".join(f"{k} {v}" for k, v in report["machine"].items())
+    note = f"{machine}; written {time.strftime('%Y-%m-%d %H:%M')}; shares with their 95% intervals (Wilson) and numbers of items"
+    return whole_page(str(Path(out).resolve().name), f"<table>{''.join(rows)}</table>\n{''.join(body)}", note)
+
+
+def whole_page(title, body, note):
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>onesitting: {e(str(Path(out).resolve().name))}</title>
+<title>onesitting: {html.escape(title)}</title>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
@@ -794,14 +828,102 @@ td {{ font-variant-numeric: tabular-nums; }}
 .curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }}
 figure {{ margin: 0; }} figcaption, small, footer {{ color: #888; font-size: .85rem; }}
 svg {{ width: 100%; font-size: 11px; }} svg text {{ fill: #888; }}
-polyline {{ fill: none; stroke: #2b7de9; stroke-width: 1.6; }} .axis {{ fill: none; stroke: #8886; }}
+polyline {{ fill: none; stroke-width: 1.6; }} .axis {{ fill: none; stroke: #8886; }}
 summary {{ cursor: pointer; margin: .4rem 0; }}
 </style>
 <h1>onesitting</h1>
-<table>{"".join(rows)}</table>
-{"".join(body)}
-<footer>{e(machine)}; written {time.strftime("%Y-%m-%d %H:%M")}</footer>
+{body}
+<footer>{html.escape(note)}</footer>
 </html>"""
+
+
+# -----------------------------------------------------------------------------
+# Comparison of runs
+
+
+@dataclass
+class CompareConfig:
+    out: str = "compare.html"  # the page that is written
+
+
+def difference(a, b, name):
+    """b less a of a score as (difference, low, high); both runs' items are taken as drawn apart, which errs to the wide side.
+
+    Shares by Newcombe's method 10 (1998) from Wilson's intervals. None where there is no interval to give.
+    """
+    gap, (_, first), (_, second) = b[name] - a[name], score(a, name), score(b, name)
+    if not first or not second:
+        return gap, None, None
+    below = math.hypot(b[name] - second[0], first[1] - a[name])
+    return gap, gap - below, gap + math.hypot(second[1] - b[name], a[name] - first[0])
+
+
+def read_run(folder):
+    """(report, series, {(stage, knob): value}) of a run's folder. Raises SystemExit where there is none."""
+    path = Path(folder) / "report.json"
+    try:
+        report = json.loads(path.read_text())
+        report["stages"], report["seconds"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise SystemExit(f"{folder} holds no run that reached a report: no {path}")
+    except (ValueError, KeyError, TypeError):
+        raise SystemExit(f"{path} is no report of a run; `python evals.py --out={folder}` cannot mend it, delete it and run a stage again")
+    knobs = {}
+    for stage in STAGES:
+        if found := latest(Path(folder) / stage):
+            state = read_state(found)
+            knobs |= {(stage, knob): value for knob, value in (state["model"] | state["config"]).items()}
+    return report, read_metrics(folder), knobs
+
+
+def compare(folders, cfg):
+    """Write one page on which runs lie over each other, and print its tables."""
+    if len(folders) < 2:
+        raise SystemExit("compare wants two or more folders of runs: python evals.py compare out/a out/b")
+    e, runs, same = html.escape, [read_run(folder) for folder in folders], len({Path(f).resolve().name for f in folders}) < len(folders)
+    names = [str(f) if same else Path(f).resolve().name for f in folders]
+    legend = "".join(f'<span style="color:{COLORS[i % len(COLORS)]}">&#9632;</span> {e(name)} &nbsp; ' for i, name in enumerate(names))
+    body, lines = [f"<p>{legend}</p>"], []
+
+    def add(title, rows):
+        """A table on the page and on the terminal; the cells are of text."""
+        wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines.extend(["", title, *("  ".join(cell.ljust(w) for cell, w in zip(row, wide)).rstrip() for row in rows)])
+        cells = ("".join(f"<{tag}>{e(cell)}</{tag}>" for tag, cell in zip(["th"] + ["td"] * len(row), row)) for row in rows)
+        body.append(f"<h2>{e(title)}</h2><table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>")
+
+    def told(figures, name):
+        text, interval = score(figures, name) if name in figures else ("", None)
+        low, high, n = interval or (0, 0, 0)
+        return f"{text} ({low:.1%} to {high:.1%}, n={n:,})" if n else f"{text} ({low:.4f} to {high:.4f})" if interval else text
+
+    for stage, title in STAGES.items():
+        figures = [report["stages"].get(stage, {}) for report, _, _ in runs]
+        if not any(figures):
+            continue
+        rows = [["", *names] + ["difference"] * (len(runs) == 2)]
+        for name in score_names(*figures):
+            rows.append([name, *(told(f, name) for f in figures)])
+            if len(runs) == 2:
+                gap, low, high = difference(*figures, name) if all(name in f for f in figures) else (None, None, None)
+                unit, digits = (100, "+.1f") if name.startswith("accuracy/") else (1, "+.4f")
+                rows[-1].append("" if gap is None else f"{gap * unit:{digits}}" + ("" if low is None else f" ({low * unit:{digits}} to {high * unit:{digits}})"))
+        rows.append(["cost", *(cost(report, stage) for report, _, _ in runs)] + [""] * (len(runs) == 2))
+        add(title, rows)
+        body.append("<div class=curves>")
+        known = dict.fromkeys(key for _, series, _ in runs for s, key in series if s == stage)
+        for key, words in (CURVES | {key: key for key in known if key.startswith("accuracy/")}).items():
+            drawn = [series.get((stage, key), []) for _, series, _ in runs]
+            if any(len(points) > 1 for points in drawn):
+                body.append(f"<figure>{curve(drawn)}<figcaption>{e(words)}</figcaption></figure>")
+        body.append("</div>")
+    keys = dict.fromkeys(key for _, _, knobs in runs for key in knobs if key[1] not in FREE_KNOBS)
+    differing = [key for key in keys if len({json.dumps(knobs.get(key)) for _, _, knobs in runs}) > 1]
+    rows = [[" ".join(key), *(str(knobs.get(key, "")) for _, _, knobs in runs)] for key in differing]
+    add("Knobs that differ" if rows else "No knob differs", [["", *names], *rows])
+    note = "95% intervals: Wilson's of shares, Newcombe's of differences (percentage points), which take the runs' items as drawn apart"
+    write_whole(cfg.out, whole_page(" and ".join(names), "\n".join(body), note))
+    print("\n".join([*lines[1:], "", f"{note}; the curves are in {cfg.out}"]))
 
 
 # -----------------------------------------------------------------------------
@@ -831,6 +953,9 @@ class Config:
 
 
 def main(argv):
+    if argv[:1] == ["compare"]:
+        knobs = [arg for arg in argv[1:] if arg.startswith("-")]
+        return compare([arg for arg in argv[1:] if arg not in knobs], override(CompareConfig(), knobs, __doc__))
     cfg = override(Config(), argv, __doc__)
     machine = start_machine(cfg.device, cfg.dtype, cfg.threads)
     if cfg.report:

@@ -2326,6 +2326,50 @@ def test_report_escapes_and_stands_alone(tmp_path):
     assert report["stages"]["base"] == {"bpb": 1.25, "accuracy/facts": 0.5, "n/facts": 10} and report["seconds"]["base"] == 60
 
 
+def write_run(folder, share, n, lr, name="<i>"):
+    """A run's folder as the stages leave it, without weights: (folder)."""
+    (folder / "sft" / "step_000002").mkdir(parents=True)
+    (folder / "sft" / "step_000002" / "state.json").write_text(json.dumps({"config": {"lr": lr, "out": str(folder)}, "model": {"depth": 2}}))
+    lines = ({"stage": "sft", "step": i, "seconds": i, "loss": 5 - i * lr, f"accuracy/{name}": i / 9} for i in range(4))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    machine = dataclasses.replace(CPU, world=2, threads=3)
+    evals.record(folder, machine, "sft", {f"accuracy/{name}": share, f"n/{name}": n, "CORE": 0.2, "ci/CORE": 0.05, "bpb": 1.5}, 1800)
+    return str(folder)
+
+
+def test_report_shows_intervals_and_cost(tmp_path):
+    page = Path(write_run(tmp_path, 0.9, 10, 1.0), "report.html").read_text()
+    assert "90.0% <small>59.6% to 98.2% of 10</small>" in page and "0.2 <small>0.1500 to 0.2500</small>" in page and "1.5 <small></small>" in page
+    assert "3 CPU-hours" in page and ">ci/CORE<" not in page  # half an hour of two processes with three cores each
+
+
+def test_runs_are_compared(tmp_path, capsys):
+    runs = [write_run(tmp_path / "a", 0.7, 100, 0.5), write_run(tmp_path / "b<", 0.8, 80, 1.0), write_run(tmp_path / "c", 0.9, 10, 1.0)]
+    page = tmp_path / "page.html"
+    evals.main(["compare", *runs[:2], f"--out={page}"])
+    printed, text = capsys.readouterr().out, page.read_text()
+    low, high = evals.wilson(0.8, 80)
+    assert f"80.0% ({low:.1%} to {high:.1%}, n=80)" in printed and "3 CPU-hours" in printed
+    gap, below, above = evals.difference({"accuracy/x": 56 / 70, "n/x": 70}, {"accuracy/x": 48 / 80, "n/x": 80}, "accuracy/x")
+    assert (-gap, -above, -below) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)  # the example in Newcombe's paper
+    found = evals.difference({"accuracy/x": 0.7, "n/x": 100}, {"accuracy/x": 0.8, "n/x": 80}, "accuracy/x")
+    assert "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in found)) in printed and "+0.0000 (-0.0707 to +0.0707)" in printed
+    assert re.search(r"sft lr +0\.5 +1\.0\n", printed) and "sft out" not in printed and "sft depth" not in printed
+    assert "<i>" not in text and "b&lt;" in text and "http" not in text and "<script" not in text
+    figure = re.search(r"<svg.*?loss \(nats", text, re.DOTALL)[0]
+    (one, other), colors = re.findall('points="(.*?)"', figure), re.findall("stroke:(#.*?)\"", figure)
+    assert one != other and len(set(colors)) == 2 and one.split()[0] == other.split()[0]  # both begin at the same loss, on one scale
+    assert all(f"color:{color}" in text.split("<h2>")[0] for color in colors)  # the legend
+    evals.main(["compare", *runs, f"--out={page}"])
+    assert "difference" not in capsys.readouterr().out.split("95%")[0] and page.read_text().count("<polyline") == 6
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "report.json").write_text("[]")
+    for folders, message in (([], "two or more"), (runs[:1], "two or more"), ([runs[0], "nowhere"], "no nowhere"), ([runs[0], tmp_path / "empty"], "empty holds no run"), ([runs[0], tmp_path / "odd"], "is no report")):
+        with pytest.raises(SystemExit, match=message):
+            evals.main(["compare", *map(str, folders)])
+
+
 def test_multiple_choice_from_its_files(tmp_path):
     own = {"id": "1", "question": {"stem": "Why?", "choices": [{"text": t, "label": n} for t, n in zip("uvw", "123")]}, "answerKey": "2"}
     (tmp_path / "ARC-Challenge-Test.jsonl").write_bytes(jsonl([own]))
