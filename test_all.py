@@ -1605,6 +1605,7 @@ def host():
         server.handle_error = lambda *_: None  # clients that leave are no news
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
+        server.gate.set()
         server.shutdown()
 
 
@@ -1853,6 +1854,9 @@ def test_what_never_comes_is_given_up(host, tmp_path, monkeypatch):
         data.wait_for_download(tmp_path / "train", file.exists, file)
     assert 1.2 < time.time() - start < 5
     assert data.planned(tmp_path) == data.planned(file) == []
+    (tmp_path / "train" / "d4.jsonl.part").touch()
+    (tmp_path / "train" / "by_hand.txt").touch()
+    assert [f.name for f in data.planned(tmp_path / "train")] == ["by_hand.txt", *(f"c4_{i:05}.jsonl.gz" for i in range(3))]
 
 
 @pytest.mark.parametrize("end", ["done", "needless", "failed later", "failed at once", "interrupted"])
