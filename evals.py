@@ -20,6 +20,7 @@ requests whose curves are drawn from out/metrics.jsonl.
 
 import builtins
 import ctypes
+import functools
 import hashlib
 import html
 import inspect
@@ -254,6 +255,7 @@ def run_answer(sources, setup, test, entry, seconds=SECONDS):
     raise SystemExit(f"code cannot be run here: {(errors.decode(errors='replace').strip() or 'the judge died').splitlines()[-1]}")
 
 
+@functools.lru_cache  # this file may be edited while it runs
 def program():
     """The command that starts the judge: Python by itself, without packages, with the functions that judge and solver need."""
     parts = (confine, hide, pack, unpack, Gone, judge, alone, solver, longest)
