@@ -2348,7 +2348,7 @@ def test_report_shows_intervals_and_cost(tmp_path):
 
 
 def test_runs_are_compared(tmp_path, capsys):
-    runs = [write_run(tmp_path / "a", 0.7, 100, 0.5), write_run(tmp_path / "b<", 0.8, 80, 1.0), write_run(tmp_path / "c", 0.9, 10, 1.0)]
+    runs = [write_run(tmp_path / "a", 0.7, 100, 0.5), write_run(tmp_path / "b<c", 0.8, 80, 1.0), write_run(tmp_path / "c", 0.9, 10, 1.0)]
     page = tmp_path / "page.html"
     evals.main(["compare", *runs[:2], f"--out={page}"])
     printed, text = capsys.readouterr().out, page.read_text()
@@ -2359,7 +2359,7 @@ def test_runs_are_compared(tmp_path, capsys):
     found = evals.difference({"accuracy/x": 0.7, "n/x": 100}, {"accuracy/x": 0.8, "n/x": 80}, "accuracy/x")
     assert "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in found)) in printed and "+0.0000 (-0.0707 to +0.0707)" in printed
     assert re.search(r"sft lr +0\.5 +1\.0\n", printed) and "sft out" not in printed and "sft depth" not in printed
-    assert "<i>" not in text and "b&lt;" in text and "http" not in text and "<script" not in text
+    assert "<i>" not in text and "b<c" not in text and "b&lt;c" in text and "http" not in text and "<script" not in text
     figure = re.search(r"<svg.*?loss \(nats", text, re.DOTALL)[0]
     (one, other), colors = re.findall('points="(.*?)"', figure), re.findall("stroke:(#.*?)\"", figure)
     assert one != other and len(set(colors)) == 2 and one.split()[0] == other.split()[0]  # both begin at the same loss, on one scale
