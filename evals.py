@@ -54,6 +54,17 @@ from sample import Engine, Params, common
 
 
 @torch.inference_mode()
+def token_sizes(tokenizer):
+    """The bytes of each token; none for special ones."""
+    return [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size - len(SPECIALS))] + [0] * len(SPECIALS)
+
+
+def bytes_per_token(tokenizer, val):
+    """How much the tokenizer shortens the text of `val`, a TokenSet; special tokens are left out."""
+    counts, size = np.bincount(np.concatenate(val.arrays), minlength=tokenizer.vocab_size), np.array(token_sizes(tokenizer))
+    return float(counts @ size / max(1, counts[size > 0].sum()))
+
+
 def bits_per_byte(model, tokenizer, val, machine, micro_rows=16, rows=0):
     """Total nats over ln 2 and over the UTF-8 bytes of the predicted tokens; special tokens are left out.
 
@@ -63,8 +74,7 @@ def bits_per_byte(model, tokenizer, val, machine, micro_rows=16, rows=0):
     """
     T = model.cfg.seq_len
     total = min(rows or 2**62, val.rows(T, 0))
-    size = [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size - len(SPECIALS))] + [0] * len(SPECIALS)
-    size = torch.tensor(size, device=machine.device)
+    size = torch.tensor(token_sizes(tokenizer), device=machine.device)
     ids, targets = batch(val, total, T, 0, 0, machine.rank, machine.world)
     nats, count = 0.0, 0
     for x, y in zip(ids.split(micro_rows), targets.split(micro_rows)):

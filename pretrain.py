@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from data import CLIMBMIX_TOKENS, SPECIALS, batch, prepare
-from evals import bits_per_byte, record
+from evals import bits_per_byte, bytes_per_token, record
 from gpt import CARDS, GPT, GPTConfig, Patience, command, compile_model, find_resume, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, save_checkpoint, start_machine, trim_metrics
 from optim import build
@@ -197,7 +197,7 @@ def main(argv):
         if machine.first and (last or step % cfg.sample_every == 0):
             show_samples(model, tokenizer, cfg)
         if last:
-            record(cfg.out, machine, "base", {"bpb": bpb}, time.time() - clock)
+            record(cfg.out, machine, "base", {"bpb": bpb, "bytes_per_token": bytes_per_token(tokenizer, val)}, time.time() - clock)
         if step > start and (last or step % cfg.save_every == 0 or step == start + cfg.stop_after):
             state = {"stage": "base", "config": dataclasses.asdict(cfg), "tokenizer": hash, "seconds": time.time() - clock}
             save_checkpoint(folder, step, model, optimizer, machine, state, cfg.keep)
