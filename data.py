@@ -452,7 +452,7 @@ def settle(part, path):
 
 def shuffle_lines(folder, path, seed):
     """The lines of all files in a folder, in random order, as the file `path`; the folder goes."""
-    files = [file for file in sorted(folder.iterdir()) if file.stat().st_size]
+    files = [file for file in sorted(folder.iterdir()) if file.name.isdigit() and file.stat().st_size]  # what a kill left is none
     maps = [np.memmap(file, np.uint8, "r") for file in files]
     ends = [np.flatnonzero(m == 10) + 1 for m in maps]
     lines = [(i, start, end) for i, e in enumerate(ends) for start, end in zip([0, *e[:-1].tolist()], e.tolist())]
