@@ -902,11 +902,12 @@ def encode_documents(tokenizer, documents, bos, batch_chars=2**22):
         yield flush()
 
 
-def write_shards(folder, split, tokenizer, hash, groups, most=SHARD_TOKENS):
+def write_shards(folder, split, tokenizer, hash, groups, most=SHARD_TOKENS, several=False):
     """Encode documents into folder/{split}_NNNN.bin, all of one length of at most `most`; return the number of tokens.
 
-    groups  iterables of documents: the first one's tokens, cut evenly, decide the length, and each later one is written when
-            it is there; what is left at the very end, less than a shard, is dropped. Shards that are there already stay
+    groups   iterables of documents: the first one's tokens, cut evenly, decide the length, and each later one is written when
+             it is there; what is left at the very end, less than a shard, is dropped. Shards that are there already stay
+    several  whether others come after the first: shards are then short, a 128th of the first, that little is left
     A document that crosses from one shard to the next starts there behind a fresh <|bos|>.
     """
     bos, each, count, rest = tokenizer.special("<|bos|>"), 0, 0, np.zeros(0, np.uint16)
@@ -920,7 +921,8 @@ def write_shards(folder, split, tokenizer, hash, groups, most=SHARD_TOKENS):
         if not spool.stat().st_size:
             continue
         tokens = np.memmap(spool, np.uint16, "r")
-        each = each or len(tokens) // max(1, -(-len(tokens) // most))
+        least = min(most, max(2**17, len(tokens) // 128)) if several else most
+        each = each or len(tokens) // -(-len(tokens) // least)
         for start in range(0, len(tokens) - each + 1, each):
             part, path = tokens[start : start + each], folder / f"{split}_{count:04d}.bin"
             if part[0] != bos:
@@ -1178,7 +1180,7 @@ def make_shards(cfg, folder, meta, files):
         groups = [train]
     cleaner = Cleaner(cfg.evaluations, cfg.near_duplicates) if cfg.clean else None
     held = write_shards(folder, "val", tokenizer, hash, [val], most=2**40)
-    count = write_shards(folder, "train", tokenizer, hash, (cleaner.clean(group) if cleaner else group for group in groups))
+    count = write_shards(folder, "train", tokenizer, hash, (cleaner.clean(group) if cleaner else group for group in groups), several=len(files) > 1)
     meta |= {"tokens": count, "val_tokens": held, "tokenizer": hash}
     if cleaner:
         meta["cleaning"] = cleaner.report()

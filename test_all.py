@@ -1130,7 +1130,7 @@ def test_three_epochs_of_a_tiny_file():
 
 def test_training_shards_do_not_move_validation(tmp_path, tokenizer, monkeypatch):
     """A file of validation text gives the same batches beside whatever training text; held-out documents stay held out."""
-    monkeypatch.setattr(data.write_shards, "__defaults__", (3000,))  # so that there are many shards
+    monkeypatch.setattr(data.write_shards, "__defaults__", (3000, False))  # so that there are many shards
     texts, more, val = data.demo_texts(1)[:1500], data.demo_texts(2)[:700], data.demo_texts(3, "val")[:50]
     tokenizer.save(str(tmp_path / "from" / "tokenizer"))
     (tmp_path / "few").mkdir()
@@ -1835,6 +1835,17 @@ def test_rows_do_not_depend_on_when_their_shards_come(tmp_path, tokenizer):
     tokens = [np.asarray(data.open_shard(path, hash)).tolist() for path in paths]
     contains = lambda all, part: any(all[i : i + len(part)] == part for i in range(len(all)))
     assert all(contains(t, row[1 : row.index(bos, 1) if bos in row[1:] else None]) for t, row in zip(tokens, first))  # in order
+
+
+def test_little_is_left_of_several_files(tmp_path, tokenizer):
+    """The second file is a little shorter than the first, and no shard of the first's length can be made of it."""
+    text = "one two three four five six seven. " * 1000
+    size = len(tokenizer.encode(text)) + 1
+    groups = [[text] * (450_000 // size), [text] * (440_000 // size)]
+    count = data.write_shards(tmp_path, "train", tokenizer, "00" * 32, groups, several=True)
+    total = sum(len(g) for g in groups) * size
+    assert total - 131_072 < count <= total and len({p.stat().st_size for p in tmp_path.glob("train_*.bin")}) == 1
+    assert len(list(tmp_path.glob("train_*.bin"))) > 4
 
 
 def test_what_never_comes_is_given_up(host, tmp_path, monkeypatch):
