@@ -1986,6 +1986,18 @@ class Counting(Task):
         return float(last_number(text) == item["answer"])
 
 
+class Spelling(Task):
+    """The letters of a word that was never seen in training, with hyphens between."""
+
+    def items(split, seed, count, files=""):
+        rng = random.Random(f"spelling {split} {seed}")
+        words = [some_word(rng, split)[0] for _ in range(count)]
+        return [{"messages": [{"role": "user", "content": f'Spell the word "{word}".'}], "answer": "-".join(word)} for word in words]
+
+    def grade(item, text):
+        return float(text.strip().rstrip(".").endswith(item["answer"]) and "-" + item["answer"] not in text)
+
+
 class Arithmetic(Task):
     """Arithmetic in words, with pairs of numbers that were never seen in training."""
 
@@ -2202,7 +2214,7 @@ class Mmlu(Choice):
 
 
 TASKS = {"arc_easy": Arc, "arc_challenge": ArcChallenge, "mmlu": Mmlu}
-TASKS |= {"facts": Facts, "counting": Counting, "arithmetic": Arithmetic, "polite": Polite, "gsm8k": Gsm8k, "humaneval": HumanEval}
+TASKS |= {"facts": Facts, "counting": Counting, "spelling": Spelling, "arithmetic": Arithmetic, "polite": Polite, "gsm8k": Gsm8k, "humaneval": HumanEval}
 DEMO = "facts,counting,arithmetic"  # the tasks of the demo world, which need no files
 
 

@@ -2809,6 +2809,18 @@ def test_humaneval_runs_code_only_where_allowed(tmp_path, monkeypatch):
 # Stages, as people run them
 
 
+def test_spelling_is_graded_letter_by_letter():
+    task = data.TASKS["spelling"]
+    items, taught = task.items("test", 3, 50), {i["answer"] for i in task.items("train", 3, 500)}
+    assert items == task.items("test", 3, 50) and not taught & {i["answer"] for i in items}
+    item = items[0] | {"answer": "c-a-t"}
+    right, wrong = ("c-a-t", "The letters are c-a-t."), ("c-a-t-s", "s-c-a-t", "cat", "c-a", "", "c-a-t, or c-o-t")
+    assert [task.grade(item, text) for text in (*right, *wrong)] == [1] * 2 + [0] * 6
+    question, answer = data.exchange(random.Random(1), "spelling")
+    word = re.fullmatch(r'Spell the word "(.+)"\.', question)[1]
+    assert answer == "-".join(word) and re.fullmatch(r'Spell the word ".+"\.', items[0]["messages"][0]["content"])
+
+
 def test_bytes_per_token(tokenizer):
     texts = ["naïve café, twice: naïve café", "你好", "the cat sat on the mat"]
     bos = tokenizer.special("<|bos|>")
