@@ -112,6 +112,8 @@ def command(main):
         signal.signal(sign, stop)
     try:
         main(sys.argv[1:])
+        if dist.is_initialized():
+            dist.destroy_process_group()  # or its threads may abort the process as it ends
     except KeyboardInterrupt:
         signal.setitimer(signal.ITIMER_REAL, 0)
         first = os.environ.get("RANK", "0") == "0"  # of several processes, one says it

@@ -17,7 +17,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from data import CLIMBMIX_TOKENS, SPECIALS, batch, prepare
 from evals import bits_per_byte, bytes_per_token, record
@@ -226,8 +225,6 @@ def main(argv):
             machine.print(f"step {step:5}/{cfg.steps}  loss {loss:.4f}  {rate}  {left / 60:.1f} min left")
             figures = {"loss": loss, "tokens_per_second": speed, "gflops": speed * flops / 1e9, "norm": norm, "skipped": patience.skipped}
             log_metrics(cfg.out, machine, stage="base", step=step, seconds=time.time() - clock, **figures)
-    if machine.world > 1:
-        dist.destroy_process_group()
 
 
 def show_samples(model, tokenizer, cfg):

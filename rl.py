@@ -50,7 +50,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import DEMO, TASKS, adopt_tokenizer, load_tokenizer, parse, preferences, question, read_pairs, render, split_pairs
@@ -416,8 +415,6 @@ def main(argv):
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
             left = sorted(seconds[-20:])[len(seconds[-20:]) // 2] * (cfg.steps - step - 1)
             machine.print(f"step {step:5}/{cfg.steps}  {now}  {seconds[-1]:.1f} s  {left / 60:.1f} min left")
-    if machine.world > 1:
-        dist.destroy_process_group()
 
 
 def describe(answers, tokenizer, cfg):

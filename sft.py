@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 
 from data import DEMO, adopt_tokenizer, batch, chat_set, conversations, load_tokenizer, mixture, prepare
 from data import PrepareConfig, read_conversations, render, task_names
@@ -173,8 +172,6 @@ def main(argv):
             rate = f"rate x{lr_scale(step, cfg):.2f}  {speed:,.0f} tokens/s"
             machine.print(f"step {step:5}/{cfg.steps}  loss {loss:.4f}  {rate}  {left / 60:.1f} min left")
             log_metrics(cfg.out, machine, stage=cfg.stage, step=step, seconds=time.time() - clock, loss=loss, norm=norm, tokens_per_second=speed)
-    if machine.world > 1:
-        dist.destroy_process_group()
 
 
 def show_samples(model, tokenizer, cfg):

@@ -1022,6 +1022,8 @@ for step in range(6):
         sum((p * g).sum() * share for p, g in (chosen if machine.rank else chosen[::-1])).backward()
     optimizer.step()
 torch.save([p.data for p in vectors + matrices], sys.argv[1] + str(machine.rank))
+if machine.world > 1:
+    dist.destroy_process_group()  # or its threads may abort the process as it ends
 """
 
 
@@ -1059,6 +1061,7 @@ before = events[:]
 optimizer.step()
 if machine.first:
     print(*before[before.index("backward", 1) :], len(events) - len(before), sep=",")
+dist.destroy_process_group()
 """
 
 
