@@ -1180,7 +1180,8 @@ def make_shards(cfg, folder, meta, files):
         groups = [train]
     cleaner = Cleaner(cfg.evaluations, cfg.near_duplicates) if cfg.clean else None
     held = write_shards(folder, "val", tokenizer, hash, [val], most=2**40)
-    count = write_shards(folder, "train", tokenizer, hash, (cleaner.clean(group) if cleaner else group for group in groups), several=len(files) > 1)
+    groups = (cleaner.clean(group) if cleaner else group for group in groups)
+    count = write_shards(folder, "train", tokenizer, hash, groups, several=len(files) > 1)
     meta |= {"tokens": count, "val_tokens": held, "tokenizer": hash}
     if cleaner:
         meta["cleaning"] = cleaner.report()
@@ -1943,9 +1944,10 @@ class Task:
                                          "train" or "test"; `files` is the folder of the task's own files, if any
     grade(item, text)                    how right a reply's visible text is, from 0 to 1
     max_tokens                           longest answer
+    endless                              whether items are made up, as many as are asked for
     """
 
-    max_tokens = 64
+    max_tokens, endless = 64, True
 
 
 def last_number(text):
@@ -2043,7 +2045,7 @@ class Gsm8k(Task):
     """Grade-school mathematics in words (Cobbe et al. 2021, arXiv 2110.14168), from its own files: {split}.jsonl or
     gsm8k_{split}.jsonl in `files`, of github.com/openai/grade-school-math."""
 
-    max_tokens = 256
+    max_tokens, endless = 256, False
 
     @functools.lru_cache
     def rows(split, files):
@@ -2085,7 +2087,7 @@ class HumanEval(Task):
     it says there. Asked is a chat model, not for a continuation, so that figures compare with those of chat models.
     """
 
-    max_tokens = 512
+    max_tokens, endless = 512, False
     allowed, run = False, None  # whether answers may be run, and evals.py's function for it
 
     @functools.lru_cache
@@ -2138,7 +2140,7 @@ class HumanEval(Task):
 class Choice(Task):
     """Multiple choice: the letter that the model finds likeliest at the start of its answer is its answer."""
 
-    max_tokens = 8
+    max_tokens, endless = 8, False
     letters = "ABCDEFGHIJ"
 
     def item(question, choices, gold):
@@ -2214,7 +2216,8 @@ class Mmlu(Choice):
 
 
 TASKS = {"arc_easy": Arc, "arc_challenge": ArcChallenge, "mmlu": Mmlu}
-TASKS |= {"facts": Facts, "counting": Counting, "spelling": Spelling, "arithmetic": Arithmetic, "polite": Polite, "gsm8k": Gsm8k, "humaneval": HumanEval}
+TASKS |= {"facts": Facts, "counting": Counting, "spelling": Spelling, "arithmetic": Arithmetic, "polite": Polite}
+TASKS |= {"gsm8k": Gsm8k, "humaneval": HumanEval}
 DEMO = "facts,counting,arithmetic"  # the tasks of the demo world, which need no files
 
 

@@ -46,14 +46,13 @@ import torch
 import gpt
 from data import DEMO, RULES, SPECIALS, TASKS, HumanEval, TokenSet, batch, encode_documents, load_tokenizer, parse, question
 from data import read_documents, read_lines, task_names, visible
-from gpt import FREE_KNOBS, KVCache, command, latest, load_model, override, read_state, start_machine, write_whole
+from gpt import FREE_KNOBS, STAGES, KVCache, command, last_stage, latest, load_model, override, read_state, start_machine, write_whole
 from sample import Engine, Params, common
 
 # -----------------------------------------------------------------------------
 # Bits per byte
 
 
-@torch.inference_mode()
 def token_sizes(tokenizer):
     """The bytes of each token; none for special ones."""
     return [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size - len(SPECIALS))] + [0] * len(SPECIALS)
@@ -65,6 +64,7 @@ def bytes_per_token(tokenizer, val):
     return float(counts @ size / max(1, counts[size > 0].sum()))
 
 
+@torch.inference_mode()
 def bits_per_byte(model, tokenizer, val, machine, micro_rows=16, rows=0):
     """Total nats over ln 2 and over the UTF-8 bytes of the predicted tokens; special tokens are left out.
 
@@ -213,7 +213,7 @@ def best_letters(model, tokenizer, prompts, letters, device):
 #
 # What holds on every Linux: limits on wall time, CPU time, memory (address space), file size, open files and core dumps; no
 # process or thread can be started (RLIMIT_NPROC of 0), so none stays behind; programs with the setuid bit gain nothing.
-# What holds where the system allows it, which `run` reports: no network; no other process can be signalled (a PID
+# What holds where the system allows it, which `run_answer` reports: no network; no other process can be signalled (a PID
 # namespace); no files but Python and the system's libraries, read-only, and an empty folder of 16 MB in memory, which vanishes
 # (a mount namespace, whose root is a folder of just these); and of root, no rights: a user that nobody else is. Root needs
 # CAP_SYS_ADMIN for it, which containers often withhold; others need unprivileged user namespaces, which some systems forbid.
@@ -757,7 +757,6 @@ CURVES = {  # what is drawn, of each stage, and in which words
     "rejected_logprob": "log-probability of the rejected answers",
     "tokens_per_second": "tokens a second",
 }
-STAGES = {"base": "Pretraining", "mid": "Mid-training", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
 
 
 def score(figures, name):
@@ -919,7 +918,8 @@ def compare(folders, cfg):
             if len(runs) == 2:
                 gap, low, high = difference(*figures, name) if all(name in f for f in figures) else (None, None, None)
                 unit, digits = (100, "+.1f") if name.startswith("accuracy/") else (1, "+.4f")
-                rows[-1].append("" if gap is None else f"{gap * unit:{digits}}" + ("" if low is None else f" ({low * unit:{digits}} to {high * unit:{digits}})"))
+                within = "" if low is None else f" ({low * unit:{digits}} to {high * unit:{digits}})"
+                rows[-1].append("" if gap is None else f"{gap * unit:{digits}}{within}")
         rows.append(["cost", *(cost(report, stage) for report, _, _ in runs)] + [""] * (len(runs) == 2))
         add(title, rows)
         body.append("<div class=curves>")
@@ -982,7 +982,7 @@ def main(argv):
         raise SystemExit("--samples is 1 or more, and several answers to an item need --temperature above 0 to differ")
     if chat and (cfg.split != "test" or cfg.samples > 1):
         raise SystemExit("ChatCORE is one answer to each test item: leave --split and --samples as they are")
-    stage = cfg.stage or next((s for s in ("rl", "sft", "mid", "base") if latest(f"{cfg.out}/{s}")), "base")
+    stage = cfg.stage or last_stage(cfg.out)
     tokenizer, hash = load_tokenizer(cfg.out)
     model, state = load_model(f"{cfg.out}/{stage}", machine, hash)
     if cfg.text:
@@ -998,10 +998,12 @@ def main(argv):
         return record(cfg.out, machine, stage, figures | (core or {}))
     machine.print(f"{cfg.out}/{stage} step {state['step']}, {cfg.split} items of seed {cfg.seed}")
     model, results = model.to(machine.dtype), {}
+    if cfg.run_code and "humaneval" in names:
+        holds = run_answer([("", "def f(): return 1")], "", "def check(f): assert f() == 1", "f")[2]
+        machine.print(f"what the model writes is run here; what holds: {', '.join(holds)}")
     knobs = {"split": cfg.split, "slots": cfg.slots, "samples": cfg.samples, "temperature": cfg.temperature}
     for name in names:
-        endless = name in (*DEMO.split(","), "polite")  # the demo's items are made up
-        few = cfg.count if cfg.count > 0 else 2**31 if (chat or cfg.count == 0) and not endless else 500
+        few = cfg.count if cfg.count > 0 else 2**31 if (chat or cfg.count == 0) and not TASKS[name].endless else 500
         results |= run_tasks(model, tokenizer, machine, [name], few, cfg.files, cfg.seed, **knobs)
         accuracy, n, shown, passes = results[name]
         if not n:
@@ -1009,8 +1011,8 @@ def main(argv):
         low, high = wilson(accuracy, n)
         more = "".join(f"   pass@{k} {share:.1%}" for k, share in passes.items())
         machine.print(f"{name:13} {accuracy:6.1%} of {n:,} ({low:.1%} to {high:.1%}){more}")
-        for question, text, answer, grade in shown[: cfg.show]:
-            machine.print(f"   {'right' if grade == 1 else 'wrong'} | {question} -> {text!r} (expected {answer})")
+        for asked, text, answer, grade in shown[: cfg.show]:
+            machine.print(f"   {'right' if grade == 1 else 'wrong'} | {asked} -> {text!r} (expected {answer})")
     if chat:
         chatcore(cfg, machine, stage, results, missing)
 

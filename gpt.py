@@ -542,8 +542,10 @@ class GPT(nn.Module):
         return self
 
     def for_reading(self):
-        """A copy that nobody trains, its weights in the activations' precision and joined: nothing is left to do at each step."""
-        reader = copy.deepcopy(self).to(self.dtype).requires_grad_(False)
+        """A model to read with, as long as nobody changes these weights: they are in the activations' precision and joined, so
+        that nothing is left to do at each step. What is in that precision already is shared, not copied."""
+        shared = {id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in self.parameters()}
+        reader = copy.deepcopy(self, shared)
         for block in reader.blocks:
             block.attention.joined = block.attention.join()
         return reader
@@ -675,6 +677,14 @@ def code_hash():
 def latest(folder):
     """The last complete checkpoint under `folder` (a Path), or None."""
     return max(Path(folder).glob("step_[0-9]*[0-9]"), default=None, key=lambda p: int(p.name[5:]))
+
+
+STAGES = {"base": "Pretraining", "mid": "Mid-training", "sft": "Fine-tuning", "rl": "Reinforcement learning"}  # their folders, in order
+
+
+def last_stage(out):
+    """The furthest stage of which a run's folder holds a checkpoint; "base" where there is none."""
+    return next((stage for stage in reversed(STAGES) if latest(f"{out}/{stage}")), "base")
 
 
 @contextmanager

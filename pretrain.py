@@ -134,13 +134,15 @@ def fit(cfg, machine):
     peak, published = next(((1e12 * rate, 1e9 * size) for name, (rate, size) in CARDS.items() if name in card), (None, None))
     memory = memory or published
     if (cfg.plan or not cfg.depth) and not (peak and count > 0):
-        raise SystemExit(f"--depth=0 and --plan are for GPUs of known speed ({', '.join(CARDS)}): name a depth, or cards as in --plan=8xH100")
+        known = ", ".join(CARDS)
+        raise SystemExit(f"--depth=0 and --plan are for GPUs of known speed ({known}): name a depth, or cards as in --plan=8xH100")
     if not cfg.depth:
-        depths = [d for d in range(4, 42, 2) if (e := estimate(dataclasses.replace(cfg, depth=d), (count, peak, memory)))["rows"] and e["hours"] <= cfg.hours]
-        cfg.depth = max(depths, default=4)
+        runs = {depth: estimate(dataclasses.replace(cfg, depth=depth), (count, peak, memory)) for depth in range(4, 42, 2)}
+        cfg.depth = max((depth for depth, e in runs.items() if e["rows"] and e["hours"] <= cfg.hours), default=4)
     if cfg.plan:
         e = estimate(cfg, (count, peak, memory))
-        print(f"depth {cfg.depth}: {e['weights'] / 1e6:,.0f} million weights that multiply, {e['tokens'] / 1e9:.2f} billion tokens, {e['flops']:.1e} FLOPs")
+        print(f"depth {cfg.depth}: {e['weights'] / 1e6:,.0f} million weights that multiply, {e['tokens'] / 1e9:.2f} billion tokens", end="")
+        print(f", {e['flops']:.1e} FLOPs")
         print(f"on {count} x {card}: {e['hours']:.1f} hours, {count * e['hours']:.0f} GPU-hours; micro-batches of {e['rows']} rows")
         print(f"computed, at {MFU:.0%} of the published peak; text: {math.ceil(e['tokens'] / CLIMBMIX_TOKENS)} shards")
         raise SystemExit
@@ -232,7 +234,8 @@ def show_samples(model, tokenizer, cfg):
     prompts = [[tokenizer.special("<|bos|>"), *tokenizer.encode(p)] for p in cfg.prompts.split("|")]
     engine = Engine(model, tokenizer, len(prompts))
     for request in engine.generate(prompts, Params(max_tokens=40, temperature=0.7, top_k=50, seed=cfg.seed)):
-        print("   | " + tokenizer.decode(request.prompt[1:] + [i for i in request.ids if i < tokenizer.vocab_size - len(SPECIALS)]).replace("\n", " "))
+        ids = request.prompt[1:] + [i for i in request.ids if i < tokenizer.vocab_size - len(SPECIALS)]
+        print("   | " + tokenizer.decode(ids).replace("\n", " "))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 # bash run.sh test     set up and run the tests
 # bash run.sh serve    set up and start the chat page
 # Further words go to the program: `bash run.sh serve --port=9000`, `bash run.sh test -k muon`.
-# OUT=DIR is the run's folder (out). DATA=demo is the demo on GPUs too. DATA=PATH trains on your own text; DATA=climbmix (or c4, tinystories) downloads SHARDS=N of it,
-# from MIRROR=URL if named, and trains on what is there while the rest is coming. On GPUs HOURS=2.5 or DEPTH=24 sizes the model.
+# OUT=DIR is the run's folder (out). DATA=demo is the demo on GPUs too. DATA=PATH trains on your own text, of DEPTH=12 layers on GPUs.
+# DATA=climbmix (or c4, tinystories) downloads SHARDS=N of it, from MIRROR=URL if named, and trains while the rest is coming; on GPUs
+# HOURS=2.5 or DEPTH=24 sizes the model then.
 # A second call does only what is not done yet.
 set -euo pipefail
 DATA=${DATA:-} VAL=
@@ -69,17 +70,24 @@ all)
     setup
     n=$(python -c 'import torch; print(torch.cuda.device_count())')
     run() { if [ "$n" -gt 1 ]; then torchrun --standalone --nproc_per_node="$n" "$@"; else python "$@"; fi; }
-    # 8 tokens for each weight, as the models read that reached GPT-2's CORE in the least time
-    recipe=(--seq_len=2048 --vocab_size=32768 --horizon=8 --compile=1 --depth="${DEPTH:-0}" --hours="${HOURS:-2.5}")
-    if [ "$n" -gt 0 ] && [ "$DATA" != demo ]; then
-        # a card whose speed is not known ends this with a line that says so
-        if plan=$(python pretrain.py "${recipe[@]}" --plan=here); then
-            echo "$plan"
-            DATA=${DATA:-climbmix} SHARDS=${SHARDS:-$(awk '/shards$/ {print $(NF - 1)}' <<<"$plan")}
-        elif [ -n "$DATA" ] && [ -z "${DEPTH:-}" ]; then
-            fail "DEPTH=12 would name a depth"
-        fi
-    fi
+    recipe=(--seq_len=2048 --vocab_size=32768 --compile=1)
+    case $DATA in
+    "" | climbmix | c4 | tinystories)
+        if [ "$n" -gt 0 ]; then
+            # 8 tokens for each weight, as the models read that reached GPT-2's CORE in the least time
+            recipe+=(--horizon=8 --depth="${DEPTH:-0}" --hours="${HOURS:-2.5}")
+            # a card whose speed is not known ends this with a line that says so
+            if plan=$(python pretrain.py "${recipe[@]}" --plan=here); then
+                echo "$plan"
+                planned=$(awk '/shards$/ {print $(NF - 1)}' <<<"$plan")
+                [ "$DATA" != c4 ] || planned=$((2 * planned))  # its files hold half as much
+                DATA=${DATA:-climbmix} SHARDS=${SHARDS:-$planned}
+            elif [ -n "$DATA" ] && [ -z "${DEPTH:-}" ]; then
+                fail "DEPTH=12 would name a depth"
+            fi
+        fi ;;
+    *) recipe+=(--depth="${DEPTH:-12}") ;;
+    esac
     public=
     case $DATA in climbmix | c4 | tinystories)
         public=1

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from data import fit, load_tokenizer, parse
-from gpt import KVCache, command, latest, load_model, override, start_machine
+from gpt import KVCache, command, last_stage, load_model, override, start_machine
 
 # -----------------------------------------------------------------------------
 # Calculator: what the model may compute between <|python_start|> and <|python_end|>
@@ -426,7 +426,7 @@ def load_engine(cfg, machine, slots):
     tokenizer, hash = load_tokenizer(cfg.out)
     if cfg.dtype == "auto" and machine.device.type == "cpu":
         machine = replace(machine, dtype=torch.float32)  # for a few rows, a product in bf16 takes longer to begin than one in fp32 in all
-    stage = cfg.stage or next((s for s in ("rl", "sft", "mid", "base") if latest(f"{cfg.out}/{s}")), "base")
+    stage = cfg.stage or last_stage(cfg.out)
     model, _ = load_model(f"{cfg.out}/{stage}", machine, hash)
     return Engine(model.to(machine.dtype).eval(), tokenizer, slots), stage
 

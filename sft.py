@@ -29,7 +29,7 @@ import torch
 from data import DEMO, adopt_tokenizer, batch, chat_set, conversations, load_tokenizer, mixture, prepare
 from data import PrepareConfig, read_conversations, render, task_names
 from evals import record, run_tasks, task_figures
-from gpt import Patience, command, compile_model, find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
+from gpt import STAGES, Patience, command, compile_model, find_resume, latest, load_model, load_optimizer, lock_folder, log_metrics
 from gpt import override, parent_hash, save_checkpoint, start_machine, trim_metrics
 from optim import build
 from sample import Engine, Params
@@ -124,12 +124,15 @@ def main(argv):
         read = json.loads((latest(f"{home}/{cfg.init}") / "state.json").read_text())["config"]
         if "vocab_size" not in read:
             raise SystemExit(f"{home}/{cfg.init} was not trained on text: name a base model with --init, or set --text=0")
-        sources = [(prepare(SimpleNamespace(**vars(PrepareConfig()) | read | {"out": home}), machine)[2], texts), (train, cfg.batch_rows - texts)]
+        of_base = prepare(SimpleNamespace(**vars(PrepareConfig()) | read | {"out": home}), machine)[2]
+        sources = [(of_base, texts), (train, cfg.batch_rows - texts)]
     rows = train.rows(T, cfg.seed)
-    machine.print(f"{'fine-tuning' if cfg.stage == 'sft' else 'mid-training'}: {len(chats):,} conversations in {rows:,} rows of {T} tokens, {machine.describe()}")
+    name = STAGES[cfg.stage].lower()
+    machine.print(f"{name}: {len(chats):,} conversations in {rows:,} rows of {T} tokens, {machine.describe()}")
     epochs = cfg.steps * sources[-1][1] / rows
     mixed = f", {sources[0][1]} of them text" * (len(sources) - 1)
-    machine.print(f"  {cfg.steps} steps of {cfg.batch_rows} rows{mixed} ({epochs:.1f} epochs), " + (f"going on from step {start}" if found else f"from {home}/{cfg.init}"))
+    begun = f"going on from step {start}" if found else f"from {home}/{cfg.init}"
+    machine.print(f"  {cfg.steps} steps of {cfg.batch_rows} rows{mixed} ({epochs:.1f} epochs), {begun}")
 
     clock, seconds = time.time() - (state["seconds"] if found else 0), []
     patience = Patience()

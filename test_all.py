@@ -1876,11 +1876,46 @@ def test_what_never_comes_is_given_up(host, tmp_path, monkeypatch):
     assert [f.name for f in data.planned(tmp_path / "train")] == ["by_hand.txt", *(f"c4_{i:05}.jsonl.gz" for i in range(3))]
 
 
+def empty_recipe(folder, stages, gpus=0):
+    """run.sh in a folder where the packages and the stages are words, all but those given."""
+    shutil.copy(HERE / "run.sh", folder)
+    files = {name: "" for name in ("tok.rs", "Cargo.toml", "Cargo.lock", "pyproject.toml", "numpy.py", "requests.py", "pytest.py")}
+    files |= {f"{name}.py": f"import sys\nprint('{name}', *sys.argv[1:])" for name in ("data", "pretrain", "evals", "sft", "rl")}
+    files |= {"torch.py": f"class cuda: device_count = lambda: {gpus}", ".venv/bin/activate": f"PATH={folder}/.venv/bin:$PATH"}
+    files |= {".venv/bin/pip": "#!/bin/sh", ".venv/bin/python": f'#!/bin/sh\nexec "{sys.executable}" "$@"'}
+    files[".venv/tok.sum"] = subprocess.run(["cksum"], input="", capture_output=True, text=True).stdout
+    for name, text in (files | stages).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    for name in ("pip", "python"):
+        (folder / ".venv/bin" / name).chmod(0o755)
+
+
+def test_run_sh_sizes_the_model_by_what_there_is_to_read(tmp_path):
+    """The speedrun's depth and horizon are for its own text; a text of one's own may be small, and takes a depth that is named."""
+    speedrun = "print('pretrain', *sys.argv[1:])\nif '--plan=here' in sys.argv: print('computed; text: 7 shards')"
+    coming = "p = pathlib.Path('out/text'); p.mkdir(parents=True, exist_ok=True); p.joinpath('source.json').write_text('{}')"
+    empty_recipe(tmp_path, {"pretrain.py": f"import sys\n{speedrun}", "data.py": f"import pathlib, sys\nprint(*sys.argv[1:])\n{coming}"}, gpus=1)
+    (tmp_path / "mine.txt").write_text("text")
+
+    def trained(**environment):
+        done = subprocess.run(["bash", "run.sh"], cwd=tmp_path, env={**os.environ, "OUT": "out", **environment}, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stdout.splitlines() if line.startswith("pretrain") and "--plan" not in line][0]
+
+    own = trained(DATA="mine.txt")
+    assert f"--data={tmp_path}/mine.txt" in own and "--depth=12" in own and "--horizon" not in own
+    assert "--depth=0 --hours=1" in trained(HOURS="1")
+    assert "--shards=7" in (tmp_path / "out" / "download.log").read_text()
+    assert "--depth=24" in trained(DATA="c4", DEPTH="24")
+    assert "--shards=14" in (tmp_path / "out" / "download.log").read_text()
+    assert "--depth=3" in trained(DATA="demo")
+
+
 @pytest.mark.parametrize("end", ["done", "needless", "failed later", "failed at once", "interrupted"])
 def test_run_sh_joins_the_download(end, tmp_path):
     """run.sh itself, with words in place of the stages: training begins beside the download, and neither outlives the other's use."""
-    stages = {"sft.py": "print('sft')", "rl.py": "print('rl')", "tok.rs": "", "Cargo.toml": "", "Cargo.lock": "", "pyproject.toml": ""}
-    stages |= {f"{name}.py": "" for name in ("numpy", "requests", "pytest")} | {"torch.py": "class cuda: device_count = lambda: 0"}
+    stages = {}
     ends = {"done": "print('all there')", "needless": "time.sleep(60)", "interrupted": "time.sleep(60)"}.get(end, "sys.exit('the host is gone')")
     stages["data.py"] = f"""
 import os, pathlib, sys, time
@@ -1899,14 +1934,7 @@ import os, sys, time
 open("training", "w")
 print("training", *sys.argv[1:], flush=True)
 time.sleep({30 if end == "interrupted" else 1})"""
-    shutil.copy(HERE / "run.sh", tmp_path)
-    for name, text in {**stages, ".venv/bin/activate": f"PATH={tmp_path}/.venv/bin:$PATH", ".venv/bin/pip": "#!/bin/sh"}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"')
-    for name in ("pip", "python"):
-        (tmp_path / ".venv/bin" / name).chmod(0o755)
-    (tmp_path / ".venv/tok.sum").write_text(subprocess.run(["cksum"], input="", capture_output=True, text=True).stdout)
+    empty_recipe(tmp_path, stages)
     environment = {**os.environ, "DATA": "c4", "SHARDS": "3", "OUT": "out", "MIRROR": "http://here"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background inherit that Ctrl-C is ignored
@@ -2341,6 +2369,10 @@ def test_bits_per_byte_counts_bytes_not_tokens(tokenizer):
     want = tokens * math.log2(tokenizer.vocab_size) / size
     assert abs(evals.bits_per_byte(model, tokenizer, val, CPU) - want) < 1e-4
     assert abs(evals.bits_per_byte(model, tokenizer, val, CPU, micro_rows=3) - want) < 1e-4
+    gradients = []  # whoever validates while training must not pay for activations
+    model.register_forward_hook(lambda module, inputs, output: gradients.append(output.requires_grad))
+    evals.bits_per_byte(model, tokenizer, val, CPU)
+    assert gradients and not any(gradients)
 
 
 def test_report_escapes_and_stands_alone(tmp_path):
@@ -2626,6 +2658,19 @@ def write_chat_tasks(folder):
         (folder / "eval_data" / "world_knowledge" / f"arc_{part}.jsonl").write_bytes(jsonl([{"query": "Why?", "choices": list("uvwx"), "gold": 1}]))
 
 
+def test_all_items_of_an_endless_task_are_the_usual_few(tiny_run, tmp_path, monkeypatch):
+    asked = {}
+
+    def seen(model, tokenizer, machine, names, count, *rest, **more):
+        asked[names[0]] = count
+        return {names[0]: (0.5, 10, [], {})}
+
+    monkeypatch.setattr(evals, "run_tasks", seen)
+    evals.main([f"--out={tiny_run}", f"--tasks={','.join(data.TASKS)}", "--count=0", "--run_code=1", "--device=cpu", "--dtype=float32"])
+    own_files = {"gsm8k", "humaneval", "arc_easy", "arc_challenge", "mmlu"}
+    assert {name for name, count in asked.items() if count == 2**31} == own_files and {asked[name] for name in set(asked) - own_files} == {500}
+
+
 def test_chatcore_needs_all_of_its_tasks(tiny_run, tmp_path, monkeypatch, capsys):
     write_chat_tasks(tmp_path)
     out, few = shutil.copytree(tiny_run, tmp_path / "out"), data.Counting.items
@@ -2640,6 +2685,7 @@ def test_chatcore_needs_all_of_its_tasks(tiny_run, tmp_path, monkeypatch, capsys
     printed = call("--count=1")
     assert "missing: humaneval (the task humaneval runs code" in printed and "so there is no ChatCORE" in printed and "ChatCORE:" not in printed
     printed = call("--count=1", "--run_code=1")
+    assert "what holds: " in printed and "limits of time, memory, files and processes" in printed
     assert "ChatCORE, estimated from at most 1 items a task" in printed and "ChatCORE:" not in printed
     assert (out / "report.json").read_text() == before
     printed = call("--run_code=1")
